@@ -1,0 +1,1 @@
+"""The data: captures in, WebDataset shards out, batches back."""

@@ -1,0 +1,1 @@
+"""Differentiable rendering and unwrapping of textured meshes."""

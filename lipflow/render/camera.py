@@ -1,0 +1,52 @@
+"""Pinhole projection, in the conventions of :mod:`lipflow.types`."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def transform_points(points: Tensor, to_from: Tensor) -> Tensor:
+    """Apply rigid transforms.
+
+    Args:
+        points: ``(..., N, 3)``.
+        to_from: ``(..., 3, 4)`` matrices [R | t].
+
+    Returns:
+        ``(..., N, 3)``: ``R @ x + t`` for every point; leading dimensions broadcast.
+    """
+    return points @ to_from[..., :3].transpose(-1, -2) + to_from[..., None, :, 3]
+
+
+def project(points: Tensor, intrinsics: Tensor, cam_from_points: Tensor) -> tuple[Tensor, Tensor]:
+    """Project points to pixels (pixel centres at +0.5).
+
+    Points at or behind the camera plane have no projection: their depth is <= 0 and their pixels are
+    meaningless (but finite where depth is not exactly 0); check the depth.
+
+    Args:
+        points: ``(..., N, 3)`` mm.
+        intrinsics: ``(..., 3, 3)`` K in pixels.
+        cam_from_points: ``(..., 3, 4)``.
+
+    Returns:
+        Pixels ``(..., N, 2)`` as (x, y), and depths ``(..., N)`` in mm along the optical axis.
+    """
+    in_camera = transform_points(points, cam_from_points)
+    homogeneous = in_camera @ intrinsics.transpose(-1, -2)
+    return homogeneous[..., :2] / homogeneous[..., 2:], in_camera[..., 2]
+
+
+def compose(to_via: np.ndarray, via_from: np.ndarray) -> np.ndarray:
+    """``to_via @ via_from`` for ``(3, 4)`` rigid transforms: apply ``via_from`` first."""
+    rotation = to_via[..., :3] @ via_from[..., :3]
+    translation = (to_via[..., :3] @ via_from[..., 3:])[..., 0] + to_via[..., 3]
+    return np.concatenate([rotation, translation[..., None]], axis=-1)
+
+
+def cam_from_head_tensor(cam_from_world: np.ndarray, world_from_head: np.ndarray) -> Tensor:
+    """``cam_from_world @ world_from_head`` as a float32 tensor ``(..., 3, 4)``, composed in float64."""
+    composed = compose(np.asarray(cam_from_world, np.float64), np.asarray(world_from_head, np.float64))
+    return torch.from_numpy(composed.astype(np.float32))

@@ -1,0 +1,158 @@
+"""The renderer against closed forms, finite differences and itself."""
+
+import numpy as np
+import pytest
+import torch
+
+from lipflow.render import cpu
+from lipflow.render.camera import cam_from_head_tensor, compose, project
+from lipflow.render.renderer import Renderer
+from lipflow.types import CameraTensors, Topology
+
+
+def make_topology(faces, uvs, weight_mask=None) -> Topology:
+    faces = np.asarray(faces, np.int64)
+    mask = np.ones((8, 8), np.float32) if weight_mask is None else weight_mask
+    uvs = np.asarray(uvs, np.float32)
+    return Topology(faces, uvs, faces, mask, {}, int(faces.max()) + 1)
+
+
+def camera_at_origin(height=32, width=40, focal=50.0, dtype=torch.float32) -> CameraTensors:
+    intrinsics = torch.tensor([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]], dtype=dtype)
+    pose = torch.eye(4, dtype=dtype)[:3]
+    return CameraTensors(intrinsics[None, None], pose[None, None])
+
+
+QUAD_FACES = [[0, 2, 1], [0, 3, 2]]
+QUAD_UVS = [[0, 0], [1, 0], [1, 1], [0, 1]]
+
+
+def tilted_quad(dtype=torch.float32) -> torch.Tensor:
+    """A rectangle that recedes to the right; front faces the camera at the origin."""
+    return torch.tensor([[-30, -20, 80], [30, -20, 160], [30, 20, 160], [-30, 20, 80]], dtype=dtype)
+
+
+def test_texture_coordinates_are_perspective_correct():
+    topology, cameras = make_topology(QUAD_FACES, QUAD_UVS), camera_at_origin()
+    out = Renderer(topology).render(tilted_quad()[None], torch.zeros(1, 1, 1, 8, 8), cameras, (32, 40))
+    row, column = torch.nonzero(out.mask[0, 0], as_tuple=True)
+    # The plane is z = 120 + (4/3) x: with the ray (rx, ry, 1), z = 120 / (1 - 4/3 rx); u = (x + 30) / 60.
+    ray_x, ray_y = (column + 0.5 - 20) / 50, (row + 0.5 - 16) / 50
+    depth = 120 / (1 - 4 / 3 * ray_x)
+    expected = torch.stack([(ray_x * depth + 30) / 60, (ray_y * depth + 20) / 40], -1)
+    assert len(row) > 200
+    torch.testing.assert_close(out.uv[0, 0][row, column], expected, atol=2e-5, rtol=0)
+    torch.testing.assert_close(out.depth[0, 0][row, column], depth, atol=1e-3, rtol=0)
+
+
+def test_back_faces_are_not_drawn():
+    flipped = [face[::-1] for face in QUAD_FACES]
+    out = Renderer(make_topology(flipped, QUAD_UVS)).render(
+        tilted_quad()[None], torch.zeros(1, 1, 1, 8, 8), camera_at_origin(), (32, 40)
+    )
+    assert not out.mask.any()
+
+
+def test_every_pixel_of_a_triangulated_plane_is_hit_once():
+    """Shared edges neither leave cracks nor draw a pixel twice, also where they run through pixel centres.
+
+    Corners are multiples of 1/64 px, so that the edge functions are exact: a pixel centre that a corner hits
+    but for rounding may belong to two triangles, of which the depth test takes one.
+    """
+    grid = np.stack(np.meshgrid(np.arange(9) * 4.0, np.arange(9) * 4.0), -1).reshape(-1, 2) - 16
+    rng = np.random.default_rng(0)
+    inner = (np.abs(grid) < 16).all(1)
+    jitter = np.where(rng.random(len(grid)) < 0.5, 0.5, rng.integers(-32, 32, len(grid)) / 64)
+    grid[inner] += jitter[inner, None]
+    corners = np.concatenate([grid, np.full((len(grid), 1), 32.0)], 1)
+    faces = []
+    for i in range(8):
+        for j in range(8):
+            a, b, c, d = i * 9 + j, i * 9 + j + 1, (i + 1) * 9 + j + 1, (i + 1) * 9 + j
+            faces += [[a, c, b], [a, d, c]]
+    intrinsics = np.array([[32.0, 0, 16], [0, 32.0, 16], [0, 0, 1]])
+    hits = np.zeros((32, 32), int)
+    for face in faces:
+        ids, _ = cpu.rasterize(corners[None], np.array([face]), intrinsics[None], (32, 32))
+        hits += ids[0] >= 0
+    assert (hits == 1).all()
+
+
+def test_triangle_that_reaches_behind_the_camera_is_drawn_where_it_is_in_front():
+    """A floor from behind the camera to far away covers exactly the rows whose rays meet it in range."""
+    floor = torch.tensor([[-5e3, 10.0, -100], [5e3, 10, -100], [5e3, 10, 900], [-5e3, 10, 900]])
+    out = Renderer(make_topology([[0, 1, 2], [0, 2, 3]], QUAD_UVS)).render(
+        floor[None], torch.zeros(1, 1, 1, 8, 8), camera_at_origin(), (32, 40)
+    )
+    ray_y = (torch.arange(32) + 0.5 - 16) / 50
+    expected = (ray_y > 0) & (10 / ray_y < 900)
+    assert torch.equal(out.mask[0, 0], expected[:, None].expand(32, 40))
+
+
+def test_texture_row_zero_is_v_zero():
+    texture = torch.zeros(1, 1, 1, 8, 8)
+    texture[..., 0, :] = 1
+    quad = torch.tensor([[-20.0, -20, 100], [20, -20, 100], [20, 20, 100], [-20, 20, 100]])
+    out = Renderer(make_topology(QUAD_FACES, QUAD_UVS)).render(quad[None], texture, camera_at_origin(), (32, 40))
+    bright = out.image[0, 0, 0] * out.mask[0, 0]
+    assert bright[:10].max() == 1.0  # v = 0 lies at y = -20: above the centre, the smaller rows
+    assert bright[16:].max() == 0.0
+
+
+def test_gradients_equal_finite_differences_in_float64():
+    torch.manual_seed(0)
+    topology = make_topology(QUAD_FACES, QUAD_UVS)
+    renderer = Renderer(topology)
+    cameras = camera_at_origin(dtype=torch.float64)
+    texture = torch.nn.functional.interpolate(torch.rand(1, 3, 4, 4, dtype=torch.float64), 32, mode="bicubic")[None]
+    # Moved off the symmetric pose, in which pixel centres fall on the kinks of bilinear interpolation.
+    quad = tilted_quad(torch.float64)[None] + torch.tensor([0.37, 0.21, 0.53])
+    frozen = renderer.render(quad, texture, cameras, (32, 40)).triangle_id
+    # Pixels near the outline would change coverage under a finite step: compare well inside.
+    inside = torch.nn.functional.max_pool2d((frozen[0] < 0).double(), 5, stride=1, padding=2)[0] == 0
+    weights = torch.rand(3, 32, 40, dtype=torch.float64) * inside
+
+    def objective(vertices, texture_, pose, intrinsics):
+        out = renderer.render(vertices, texture_, CameraTensors(intrinsics, pose), (32, 40))
+        return (out.image[0, 0] * weights).sum()
+
+    arguments = [quad, texture, cameras.cam_from_head, cameras.intrinsics]
+    leaves = [argument.clone().requires_grad_() for argument in arguments]
+    objective(*leaves).backward()
+    worst = 0.0
+    for index, leaf in enumerate(leaves):
+        direction = torch.randn_like(leaf)
+        if index == 3:  # only focal lengths and principal point are free in K
+            direction *= torch.tensor([[1, 0, 1], [0, 1, 1], [0, 0, 0]])
+        step = 1e-6
+        moved = [a + step * direction if i == index else a for i, a in enumerate(arguments)]
+        back = [a - step * direction if i == index else a for i, a in enumerate(arguments)]
+        numeric = (objective(*moved) - objective(*back)) / (2 * step)
+        analytic = (leaf.grad * direction).sum()
+        worst = max(worst, (abs(numeric - analytic) / abs(numeric)).item())
+    assert worst < 1e-5
+
+
+def test_projection_and_rendering_agree_on_pixel_centres():
+    """A vertex projected to a pixel's centre is seen by exactly that pixel's ray."""
+    cameras = camera_at_origin()
+    point = torch.tensor([[[(13 + 0.5 - 20) / 50 * 100, (7 + 0.5 - 16) / 50 * 100, 100.0]]])
+    pixels, depth = project(point, cameras.intrinsics[0], cameras.cam_from_head[0])
+    torch.testing.assert_close(pixels[0, 0], torch.tensor([13.5, 7.5]))
+    assert depth.item() == 100.0
+
+
+def test_transform_composition_is_that_of_matrices():
+    rng = np.random.default_rng(1)
+    first, second = rng.normal(size=(2, 3, 4))
+    homogeneous = [np.vstack([m, [0, 0, 0, 1]]) for m in (first, second)]
+    np.testing.assert_allclose(compose(first, second), (homogeneous[0] @ homogeneous[1])[:3], atol=1e-12)
+    assert cam_from_head_tensor(first, second).dtype == torch.float32
+
+
+def test_disagreeing_leading_dimensions_are_refused():
+    renderer = Renderer(make_topology(QUAD_FACES, QUAD_UVS))
+    with pytest.raises(ValueError, match="disagree"):
+        renderer.render(
+            tilted_quad()[None].expand(2, -1, -1), torch.zeros(1, 1, 1, 8, 8), camera_at_origin(), (8, 8)
+        )
