@@ -2,10 +2,150 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from lipflow.types import DRIVING_SIGNALS
+
+Method = Literal["dam", "conditional", "lipflow"]
+Signal = Literal["hmc", "frontal", "keypoints"]
 
 
 class StrictConfig(BaseModel):
     """Base of every configuration: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class AvatarConfig(StrictConfig):
+    """The avatar's architecture. The defaults are the sizes of the public Multiface model.
+
+    Channel widths are listed from the coarsest level, 4 x 4, upwards. A smaller texture uses the first ones; the
+    last one is repeated for a larger texture.
+
+    Attributes:
+        method: ``dam`` (prior N(0, I), no drivers), ``conditional`` (driven prior, no flow) or ``lipflow``.
+        texture_size: T, a power of two from 32 upwards.
+        latent_size: D, the length of z.
+        hidden_size: width of the mesh and texture features.
+        view_size: width of the encoded view vector.
+        encoder_channels: widths of the texture encoder's convolutions, coarsest first.
+        decoder_channels: widths of the texture decoder's features, coarsest first.
+        spatial_bias: the decoder's biases have the full shape of their features, not one value a channel.
+        residual: a residual 3 x 3 convolution follows every change of resolution.
+        upsample: ``transposed`` convolution, or true ``bilinear`` interpolation and a convolution.
+        warp_field: the decoded texture is sampled at a decoded, monotone deformation grid.
+        warp_channels: widths of the warp decoder's features, coarsest first; their number sets the size of the
+            decoded field, ``4 * 2 ** (len - 1)``, at most T.
+        mean_scale: factor of the encoder's mean (public: 0.1).
+        log_std_scale: factor of the encoder's log standard deviation (public: 0.01).
+        signals: the driving signals that have an encoder; None for all that the capture offers.
+        driver_image_size: side to which headset and frontal images are resized for their encoders.
+        driver_channels: widths of their convolutions, coarsest first.
+        driver_hidden_size: width of the driving encoders' features.
+        driver_dropout: probability with which a headset view or a landmark is hidden in training.
+        flow_steps: affine coupling steps of f.
+        flow_hidden_size: width of the coupling networks.
+        init_seed: seed of the initial weights and of the coupling masks.
+    """
+
+    method: Method = "lipflow"
+    texture_size: int = Field(1024, ge=32)
+    latent_size: int = Field(128, ge=2)
+    hidden_size: int = Field(256, ge=1)
+    view_size: int = Field(8, ge=1)
+    encoder_channels: tuple[int, ...] = Field((128, 128, 64, 64, 32, 32, 16, 16), min_length=1)
+    decoder_channels: tuple[int, ...] = Field((128, 128, 64, 64, 32, 32, 16, 16), min_length=1)
+    spatial_bias: bool = True
+    residual: bool = False
+    upsample: Literal["transposed", "bilinear"] = "transposed"
+    warp_field: bool = False
+    warp_channels: tuple[int, ...] = Field((128, 64, 64, 32, 32, 16), min_length=2)
+    mean_scale: float = Field(0.1, gt=0)
+    log_std_scale: float = Field(0.01, gt=0)
+    signals: tuple[Signal, ...] | None = None
+    driver_image_size: int = Field(256, ge=16)
+    driver_channels: tuple[int, ...] = Field((128, 128, 64, 64, 32, 16), min_length=1)
+    driver_hidden_size: int = Field(256, ge=1)
+    driver_dropout: float = Field(0.1, ge=0, lt=1)
+    flow_steps: int = Field(4, ge=2)
+    flow_hidden_size: int = Field(64, ge=1)
+    init_seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in ("texture_size", "driver_image_size"):
+            size = getattr(self, name)
+            if size & (size - 1):
+                raise ValueError(f"{name} is {size}, which is no power of two: use one, such as 64 or 1024")
+        for name in ("encoder_channels", "decoder_channels", "warp_channels", "driver_channels"):
+            if min(getattr(self, name)) < 1:
+                raise ValueError(f"{name} holds a width below 1: {getattr(self, name)}")
+        if self.warp_field and 4 * 2 ** (len(self.warp_channels) - 1) > self.texture_size:
+            raise ValueError(
+                f"{len(self.warp_channels)} warp_channels decode a field larger than texture_size "
+                f"{self.texture_size}: give fewer warp_channels"
+            )
+        if self.method == "dam" and self.signals:
+            raise ValueError("method is dam, which has no drivers: leave signals out, or use method conditional")
+        if self.signals is not None and len(set(self.signals)) != len(self.signals):
+            raise ValueError(f"signals lists a signal twice: {self.signals}")
+        return self
+
+    @classmethod
+    def small(cls, **changes) -> Self:
+        """Widths for demos on a CPU core, with textures of 64 or 128; any field can be given."""
+        widths: dict[str, Any] = {
+            "texture_size": 64,
+            "latent_size": 32,
+            "hidden_size": 64,
+            "encoder_channels": (64, 48, 32, 16, 8),
+            "decoder_channels": (48, 48, 32, 16, 8),
+            "warp_channels": (24, 16, 8),
+            "driver_image_size": 64,
+            "driver_channels": (48, 32, 16, 8),
+            "driver_hidden_size": 96,
+        }
+        return cls(**(widths | changes))
+
+
+class LossConfig(StrictConfig):
+    """Weights of the training loss; the reductions are stated in ``lipflow.losses``.
+
+    Attributes:
+        image_weight: of the rendered image term.
+        geometry_weight: of the vertex term.
+        average_texture_weight: of the term that draws the mean of a frame's decoded views to its average texture.
+            Not in the papers; it reaches every texel at every step.
+        latent_weight: of KL(Q || N(0, I)) for ``dam``, of the estimate of KL(Q || P(. | h)) otherwise.
+        prior_weight: of the reconstruction from z = f^-1(y), y ~ P(. | h); no such term for ``dam``.
+        prior_signals_per_step: how many of the present signals, drawn at random, are decoded for that term in a
+            step; an unbiased estimate of the mean over all of them.
+    """
+
+    image_weight: float = Field(1.0, ge=0)
+    geometry_weight: float = Field(1.0, ge=0)
+    average_texture_weight: float = Field(0.0, ge=0)
+    latent_weight: float = Field(0.01, ge=0)
+    prior_weight: float = Field(1.0, ge=0)
+    prior_signals_per_step: int = Field(1, ge=1, le=len(DRIVING_SIGNALS))
+
+
+class FitConfig(StrictConfig):
+    """Settings of the inference-time optimisation.
+
+    Attributes:
+        iterations: Adam steps.
+        learning_rate: of Adam on z.
+        prior_weight: lambda, of -log p(z | h) per latent dimension.
+        keypoint_noise_mm: standard deviation of a landmark; residuals are measured in it.
+        keypoint_cutoff: residual, in standard deviations, beyond which a landmark counts as an outlier
+            (Geman-McClure).
+    """
+
+    iterations: int = Field(20, ge=0)
+    learning_rate: float = Field(0.05, gt=0)
+    prior_weight: float = Field(0.3, ge=0)
+    keypoint_noise_mm: float = Field(2.0, gt=0)
+    keypoint_cutoff: float = Field(3.0, gt=0)

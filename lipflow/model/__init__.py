@@ -1,0 +1,1 @@
+"""The networks: encoder, decoder, colour correction, drivers and flow, composed in ``avatar``."""

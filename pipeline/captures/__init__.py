@@ -1,0 +1,1 @@
+"""Captures: their readers, and the synthetic dome that writes one."""

@@ -1,0 +1,62 @@
+"""The ``lipflow`` command: every job as a sub-command. Each is also ``python -m cluster.<job>``.
+
+Jobs are imported when they are called: Ray, MLflow and torch take seconds to load, ``--help`` should not.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+import typer
+
+from cluster import command
+
+COMMANDS = {
+    "synth": ("cluster.synth", "synth_command"),
+    "shard": ("cluster.shard", "shard_command"),
+    "train": ("cluster.train", "train_command"),
+    "evaluate": ("cluster.evaluate", "evaluate_command"),
+    "promote": ("cluster.promote", "promote_command"),
+    "rollback": ("cluster.promote", "rollback_command"),
+    "demo": ("cluster.demo", "demo_command"),
+}
+"""Sub-command -> (module, function)."""
+
+SUMMARIES = {
+    "synth": "Write a synthetic dome capture (Multiface layout).",
+    "shard": "Write a capture as WebDataset shards with a manifest.",
+    "train": "Train an avatar on a shard set; run again to continue.",
+    "evaluate": "Score an avatar: four quadrants, and latents fitted to each driving signal.",
+    "promote": "Make an evaluated model the champion, if it is better.",
+    "rollback": "Give the champion's place back to the version before it.",
+    "demo": "All of the above on a small synthetic dome, in minutes, on two cores.",
+}
+EPILOG = "Every command takes --debug, which shows tracebacks and Ray's logs."
+
+
+def main() -> None:
+    """Entry point of the ``lipflow`` command."""
+    app = typer.Typer(
+        name="lipflow",
+        help="Photoreal face avatars: trained on domes, driven by little.",
+        epilog=EPILOG,
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    called = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), None)
+    for name, (module, function) in COMMANDS.items():
+        if name == called:
+            app.command(name, help=SUMMARIES[name])(getattr(import_module(module), function))
+        else:
+            app.command(name, help=SUMMARIES[name])(_not_called)
+    command.run(app)
+
+
+def _not_called() -> None:
+    """Stands for a command whose module was not loaded, in the list of commands."""
+
+
+if __name__ == "__main__":
+    main()

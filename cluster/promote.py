@@ -1,0 +1,71 @@
+"""The promotion job: ``lipflow promote [MODEL]`` moves the alias ``champion`` only to a better model."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from cluster import command
+from cluster.command import JsonOption, RecipeOption, SetOption
+from cluster.promotion import PromotionConfig, PromotionDecision, promote, rollback
+from cluster.recipe import load_recipe
+from cluster.registry import CHALLENGER, DEFAULT_NAME, parse_model_uri
+from cluster.tracking import TrackingConfig
+from lipflow.config import StrictConfig
+
+
+class PromoteRecipe(StrictConfig):
+    """Settings of a promotion.
+
+    Attributes:
+        criterion: what better means; by default the mean image PSNR over all driving signals after the fit.
+        tracking: the MLflow store with the registry.
+    """
+
+    criterion: PromotionConfig = PromotionConfig(primary_metric="fitted.psnr_db", higher_is_better=True)
+    tracking: TrackingConfig = TrackingConfig()
+
+
+def promote_model(model: str, recipe: PromoteRecipe) -> PromotionDecision:
+    """Compare a registered version, as it was evaluated, with the champion; see :func:`cluster.promotion.promote`.
+
+    Raises:
+        RegistryError: ``model`` is no ``models:/`` URI of a version that was evaluated.
+    """
+    name, candidate = parse_model_uri(model)
+    return promote(recipe.tracking, recipe.criterion, candidate=candidate, name=name)
+
+
+def promote_command(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="models:/NAME@ALIAS or models:/NAME/VERSION.")
+    ] = f"models:/{DEFAULT_NAME}@{CHALLENGER}",
+    recipe: RecipeOption = None,
+    set_: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make an evaluated model the champion, if it is better than the one that is. Exit code 1 if it is not."""
+    decision = promote_model(model, load_recipe(PromoteRecipe, recipe, set_ or ()))
+    command.emit(asdict(decision), as_json, decision.reason)
+    if not decision.promoted:
+        raise typer.Exit(command.EXIT_BAD)
+
+
+def rollback_command(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Registered model.")] = DEFAULT_NAME,
+    recipe: RecipeOption = None,
+    set_: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Give the champion's place back to the version that held it before."""
+    settings = load_recipe(PromoteRecipe, recipe, set_ or ())
+    before, after = rollback(settings.tracking, name=name)
+    command.emit(
+        {"name": name, "from": before, "to": after}, as_json, f"{name}: champion was version {before}, is {after}"
+    )
+
+
+if __name__ == "__main__":
+    command.run(promote_command)

@@ -1,0 +1,163 @@
+"""Ray as the jobs use it: one way to start or join a cluster, bounded idempotent tasks, progress bars."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from cluster.command import console
+from lipflow.errors import LipflowError
+
+OBJECT_STORE_BYTES = 512 * 2**20
+"""For a cluster of our own on one machine; tasks pass settings and records, never pixels."""
+
+
+class ClusterError(LipflowError):
+    """A Ray cluster that cannot be reached, or a task that it could not finish."""
+
+
+@contextmanager
+def ray_cluster() -> Iterator[None]:
+    """Join the cluster of ``RAY_ADDRESS`` (set inside a Ray job), else start one on this machine's loopback.
+
+    A cluster that was started here is stopped at the end; nested calls share the outermost one.
+
+    Raises:
+        ClusterError: ``RAY_ADDRESS`` names a cluster that does not answer.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    debug = os.environ.get("LIPFLOW_DEBUG") == "1"
+    quiet: dict[str, Any] = {
+        "log_to_driver": debug,
+        "logging_level": logging.INFO if debug else logging.ERROR,
+    }
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        try:
+            ray.init(address=address, **quiet)
+        except (ConnectionError, ValueError, RuntimeError, RayError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ClusterError(
+                f"no Ray cluster at RAY_ADDRESS={address}: {reason}; start one, correct the address or the token, "
+                "or unset it to run on this machine"
+            ) from error
+    else:
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        ray.init(
+            num_cpus=os.cpu_count(),
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            _node_ip_address="127.0.0.1",
+            **quiet,
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def progress_bar() -> Progress:
+    """A progress display on standard error; on a file or pipe it prints only what has ended."""
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+    )
+
+
+def map_tasks(
+    function: Callable[..., Any],
+    arguments: Sequence[tuple],
+    *,
+    description: str,
+    cpus_per_task: float = 1.0,
+    max_in_flight: int | None = None,
+) -> list[Any]:
+    """Run ``function(*arguments[i])`` as Ray tasks and return the results in order.
+
+    A task whose worker or node dies is run again, so ``function`` must be idempotent. The first error ends the
+    whole map; what is still queued is cancelled.
+
+    Args:
+        function: importable on the workers.
+        arguments: one tuple a task.
+        description: what the progress bar says.
+        cpus_per_task: what Ray reserves for each.
+        max_in_flight: tasks submitted at once; by default four for each CPU of the cluster.
+
+    Raises:
+        LipflowError: whatever error of ours a task raised.
+        ClusterError: a task was lost more often than Ray retries.
+    """
+    remote = ray.remote(num_cpus=cpus_per_task, max_retries=4)(function)
+    if max_in_flight is None:
+        max_in_flight = max(4, 4 * int(ray.cluster_resources().get("CPU", 1)))
+    results: list[Any] = [None] * len(arguments)
+    index_of: dict[ray.ObjectRef, int] = {}
+    waiting = iter(enumerate(arguments))
+    with progress_bar() as progress:
+        bar = progress.add_task(description, total=len(arguments), note="")
+        exhausted = False
+        while index_of or not exhausted:
+            while not exhausted and len(index_of) < max_in_flight:
+                item = next(waiting, None)
+                if item is None:
+                    exhausted = True
+                else:
+                    index_of[remote.remote(*item[1])] = item[0]
+            if not index_of:
+                break
+            done, _ = ray.wait(list(index_of), num_returns=1, timeout=0.5)
+            for reference in done:
+                index = index_of.pop(reference)
+                try:
+                    results[index] = ray.get(reference)
+                except RayError as error:
+                    for pending in index_of:
+                        ray.cancel(pending, force=False)
+                    raise unwrapped(error) from error
+                progress.advance(bar)
+    return results
+
+
+def unwrapped(error: BaseException) -> BaseException:
+    """The error of ours inside Ray's, or a :class:`ClusterError`; other errors come back as they are."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, LipflowError):
+            return cause
+        if isinstance(cause, RayTaskError) and isinstance(cause.cause, LipflowError):
+            return cause.cause
+        cause = cause.__cause__
+    if isinstance(error, RayError) and not isinstance(error, RayTaskError):
+        return ClusterError(f"a task was lost and could not be repeated: {str(error).splitlines()[0]}")
+    return error
+
+
+def is_terminal() -> bool:
+    """Whether somebody watches standard error."""
+    return sys.stderr.isatty()

@@ -1,0 +1,279 @@
+"""The training job: ``lipflow train SHARDS OUT`` runs :mod:`cluster.training_loop` under Ray Train.
+
+The state of a training is its weights, its optimiser and a step number, so a run that was killed goes on exactly
+where its last checkpoint stands: submit the same command again. ``OUT`` holds::
+
+    recipe.yaml     the settings; a second run with other settings is refused
+    run.json        the MLflow run that is continued, and the digest of the shard set
+    ray/            Ray Train's checkpoints
+    avatar/         the best avatar by validation loss
+    train.json      the summary, written last: a training without it is not finished
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import pyarrow.fs
+import ray
+import typer
+import yaml
+from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from cluster import command
+from cluster.command import JsonOption, RecipeOption, SetOption
+from cluster.recipe import load_recipe
+from cluster.registry import register_avatar
+from cluster.run import Run
+from cluster.runtime import progress_bar, ray_cluster, unwrapped
+from cluster.tracking import initialise, tracked_run
+from cluster.training_loop import AVATAR_FOLDER, TrainRecipe, train_worker
+from lipflow.errors import ConfigError
+from pipeline import storage
+from pipeline.loader import ShardSet
+
+RECIPE_FILE = "recipe.yaml"
+RUN_FILE = "run.json"
+SUMMARY_FILE = "train.json"
+
+FREE_TO_CHANGE = {"workers", "cpus_per_worker", "use_gpu", "max_failures", "tracking", "log_every_steps"}
+"""Settings that may differ when a training is continued: they say where it runs, not what it computes.
+
+A changed number of workers changes the global batch from the next step on.
+"""
+
+
+@dataclass(frozen=True)
+class TrainSummary:
+    """What a finished training came to.
+
+    Attributes:
+        avatar: URI of the best avatar's folder.
+        method: the avatar's method.
+        steps: optimiser steps done.
+        best_step: the step whose checkpoint had the lowest validation loss.
+        validation_loss: that loss.
+        run_id: the MLflow run.
+        shards_digest: digest of the shard set it was trained on.
+        seconds: wall-clock time of the last submission.
+        model: ``models:/`` URI of the registered version; None if it was not registered.
+        resumed_from_step: where the last submission found the training; 0 for a fresh one.
+    """
+
+    avatar: str
+    method: str
+    steps: int
+    best_step: int
+    validation_loss: float
+    run_id: str
+    shards_digest: str
+    seconds: float
+    resumed_from_step: int
+    model: str | None
+
+
+@ray.remote(num_cpus=0)
+class ProgressBoard:
+    """Where rank 0 notes its progress and the submitter's terminal reads it."""
+
+    def __init__(self) -> None:
+        self._step, self._note, self._first_step = 0, "starting workers", None
+
+    def update(self, step: int, note: str) -> None:
+        """Note the number of steps done."""
+        self._step, self._note = step, note
+
+    def started(self, step: int) -> None:
+        """Note the step at which the workers of this submission first started."""
+        if self._first_step is None:
+            self._first_step = step
+        self._step, self._note = step, "training"
+
+    def read(self) -> tuple[int, str, int | None]:
+        """(steps done, note, first step of this submission)."""
+        return self._step, self._note, self._first_step
+
+
+def train(shards_uri: str, out_uri: str, recipe: TrainRecipe) -> TrainSummary:
+    """Train an avatar, or continue a training that was interrupted, or return the summary of a finished one.
+
+    Raises:
+        ShardSetError: no usable shard set at ``shards_uri``.
+        StorageError: ``out_uri`` cannot be written.
+        ConfigError: ``out_uri`` holds a training with other settings or another shard set.
+        LipflowError: what a worker raised, such as a non-finite loss.
+    """
+    shards = ShardSet.open(shards_uri)
+    out_uri = storage.normalize_uri(out_uri)
+    storage.check_writable(out_uri)
+    previous_run = _check_same_training(out_uri, recipe, shards.digest)
+    if storage.exists(storage.join(out_uri, SUMMARY_FILE)):
+        return TrainSummary(**json.loads(storage.read_text(storage.join(out_uri, SUMMARY_FILE))))
+    began = time.perf_counter()
+    initialise(recipe.tracking)
+    with (
+        tracked_run(
+            "train",
+            f"train-{recipe.avatar.method}",
+            config=recipe.tracking,
+            recipe=recipe,
+            shards_digest=shards.digest,
+            run_id=previous_run,
+        ) as run,
+        ray_cluster(),
+    ):
+        text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+        storage.write_bytes(storage.join(out_uri, RECIPE_FILE), text.encode())
+        run_facts = {"run_id": run.run_id, "shards_digest": shards.digest}
+        storage.write_bytes(storage.join(out_uri, RUN_FILE), json.dumps(run_facts).encode())
+        board = ProgressBoard.remote()
+        tracking = recipe.tracking
+        if run.uri.startswith("sqlite:"):
+            # Workers have working folders of their own. Other addresses reach them by recipe or environment: one
+            # from the environment may hold credentials, which must not enter Ray's job records.
+            tracking = tracking.model_copy(update={"uri": run.uri})
+        settings = {
+            "recipe": recipe.model_copy(update={"tracking": tracking}).model_dump(mode="json"),
+            "shards": storage.normalize_uri(shards_uri),
+            "cache_dir": str(Path(tempfile.gettempdir(), "lipflow-shards")),
+            "run_id": run.run_id,
+            "board": board,
+        }
+        result = _fit(out_uri, recipe, settings, board)
+        checkpoint, metrics = min(result.best_checkpoints, key=lambda item: item[1]["val_loss"])
+        with checkpoint.as_directory() as folder:
+            avatar_uri = storage.join(out_uri, AVATAR_FOLDER)
+            storage.upload_dir(Path(folder, AVATAR_FOLDER), avatar_uri)
+            model = _register(Path(folder, AVATAR_FOLDER), run, recipe, shards)
+        summary = TrainSummary(
+            avatar=avatar_uri,
+            method=recipe.avatar.method,
+            steps=recipe.steps,
+            best_step=metrics["step"],
+            validation_loss=metrics["val_loss"],
+            run_id=run.run_id,
+            shards_digest=shards.digest,
+            seconds=time.perf_counter() - began,
+            resumed_from_step=ray.get(board.read.remote())[2] or 0,
+            model=model,
+        )
+        run.log_metrics({"best/val_loss": summary.validation_loss, "best/step": summary.best_step}, recipe.steps)
+    storage.write_bytes(storage.join(out_uri, SUMMARY_FILE), json.dumps(asdict(summary), indent=2).encode())
+    return summary
+
+
+def _fit(out_uri: str, recipe: TrainRecipe, settings: dict[str, Any], board: Any) -> Result:
+    filesystem, storage_path = ray_storage(storage.join(out_uri, "ray"))
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config=settings,
+        scaling_config=ScalingConfig(
+            num_workers=recipe.workers,
+            use_gpu=recipe.use_gpu,
+            resources_per_worker={"CPU": recipe.cpus_per_worker},
+        ),
+        run_config=RunConfig(
+            name="train",
+            storage_path=storage_path,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=recipe.max_failures),
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=2, checkpoint_score_attribute="val_loss", checkpoint_score_order="min"
+            ),
+        ),
+    )
+    finished = threading.Event()
+    with progress_bar() as progress:
+        bar = progress.add_task(f"train {recipe.avatar.method}", total=recipe.steps, note="starting workers")
+
+        def follow() -> None:
+            while not finished.wait(1.0):
+                step, note, _ = ray.get(board.read.remote())
+                progress.update(bar, completed=step, note=note)
+
+        follower = threading.Thread(target=follow, daemon=True)
+        follower.start()
+        try:
+            result = trainer.fit()
+        except TrainingFailedError as error:
+            raise unwrapped(_worker_error(error)) from error
+        finally:
+            finished.set()
+            follower.join()
+        progress.update(bar, completed=recipe.steps)
+    return result
+
+
+def _worker_error(error: TrainingFailedError) -> BaseException:
+    """The first worker's error, where one is inside."""
+    failures = getattr(error, "worker_failures", {})
+    return next(iter(failures.values()), error)
+
+
+def _register(folder: Path, run: Run, recipe: TrainRecipe, shards: ShardSet) -> str | None:
+    if recipe.register_as is None or recipe.avatar.method == "dam":
+        return None
+    example = shards.frames(shards.frame_ids("val")[:1], shards.train_camera_ids[:1]).driving
+    version = register_avatar(folder, run, example=example, shards_digest=shards.digest, name=recipe.register_as)
+    return version.uri
+
+
+def ray_storage(uri: str) -> tuple[pyarrow.fs.FileSystem | None, str]:
+    """The (filesystem, path) pair by which Ray reaches ``uri``.
+
+    On S3 it is the storage module's own s3fs inside pyarrow's adapter: pyarrow's S3 client makes folders in a way
+    that some S3-compatible servers refuse. Credentials stay in the environment and out of the pickled object.
+    """
+    if storage.is_local(uri):
+        return None, str(storage.local_path(uri))
+    filesystem, path = storage.filesystem(uri)
+    return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem)), path
+
+
+def _check_same_training(out_uri: str, recipe: TrainRecipe, shards_digest: str) -> str | None:
+    """The MLflow run of the training that ``out_uri`` holds, if any; ConfigError if it is another training."""
+    recipe_uri = storage.join(out_uri, RECIPE_FILE)
+    run_uri = storage.join(out_uri, RUN_FILE)
+    if not (storage.exists(recipe_uri) and storage.exists(run_uri)):
+        return None
+    found = yaml.safe_load(storage.read_text(recipe_uri))
+    wanted = recipe.model_dump(mode="json")
+    differing = [key for key in wanted if key not in FREE_TO_CHANGE and wanted[key] != found.get(key)]
+    run_facts = json.loads(storage.read_text(run_uri))
+    if run_facts["shards_digest"] != shards_digest:
+        differing.insert(0, "shard set")
+    if differing:
+        raise ConfigError(
+            f"{out_uri} holds a training with another {', '.join(differing)}: "
+            "give the same settings to continue it, or another OUT"
+        )
+    return run_facts["run_id"]
+
+
+def train_command(
+    shards: Annotated[str, typer.Argument(metavar="SHARDS", help="Shard set: path, file:// or s3:// URI.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Where checkpoints and the avatar go.")],
+    recipe: RecipeOption = None,
+    set_: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train an avatar on a shard set; run again to continue after an interruption."""
+    summary = train(shards, out, load_recipe(TrainRecipe, recipe, set_ or ()))
+    command.emit(
+        asdict(summary),
+        as_json,
+        f"{summary.avatar}: {summary.method}, {summary.steps} steps, best validation loss "
+        f"{summary.validation_loss:.4f} at step {summary.best_step}, {summary.seconds:.0f} s",
+    )
+
+
+if __name__ == "__main__":
+    command.run(train_command)

@@ -1,0 +1,165 @@
+"""Metrics of images, meshes and fits, each for single images or frames: reduce them over frames as you report them.
+
+Images are 0..255, meshes in mm. Intervals are bootstrapped over frames, because the pixels and views of a frame are
+not independent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lipflow.model.color import solve_gain_bias
+from lipflow.model.gaussian import DiagonalGaussian
+
+__all__ = [
+    "BootstrapInterval",
+    "bootstrap_interval",
+    "calibration_rms",
+    "geometry_rmse_mm",
+    "masked_mse",
+    "masked_ssim",
+    "psnr",
+    "solve_gain_bias",
+    "ssim_map",
+    "temporal_jitter_mm",
+]
+
+PEAK = 255.0
+_SSIM_WINDOW, _SSIM_SIGMA, _SSIM_K1, _SSIM_K2 = 11, 1.5, 0.01, 0.03
+
+
+def masked_mse(predicted: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Mean squared error over the masked pixels and all channels, 0..255 squared.
+
+    Args:
+        predicted: ``(..., C, H, W)``.
+        target: the same shape.
+        mask: ``(..., H, W)`` bool, or weights.
+
+    Returns:
+        ``(...)``; NaN where the mask is empty.
+    """
+    _check_images(predicted, target, mask)
+    weight = mask.to(torch.float64)
+    error = (predicted.double() - target.double()).square().mean(-3)
+    return ((error * weight).sum((-2, -1)) / weight.sum((-2, -1))).float()
+
+
+def psnr(mse: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of mean squared errors of images in 0..255; infinite for an error of 0."""
+    return 10 * torch.log10(PEAK**2 / mse)
+
+
+def masked_ssim(predicted: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Structural similarity (Wang et al., 2004), averaged over the masked pixels and all channels.
+
+    Gaussian window of 11 pixels, sigma 1.5, K1 = 0.01, K2 = 0.03. Both images are set to 0 outside the mask, so
+    that the background has no say; at the border, the window is filled by reflection.
+
+    Args:
+        predicted: ``(..., C, H, W)``, 0..255, H and W at least 6.
+        target: the same shape.
+        mask: ``(..., H, W)`` bool.
+
+    Returns:
+        ``(...)``; NaN where the mask is empty.
+    """
+    _check_images(predicted, target, mask)
+    mask = mask.bool()
+    inside = mask[..., None, :, :]
+    similarity = ssim_map(predicted.float() * inside, target.float() * inside).mean(-3)
+    return (similarity * mask).sum((-2, -1)) / mask.sum((-2, -1))
+
+
+def ssim_map(predicted: Tensor, target: Tensor) -> Tensor:
+    """Structural similarity ``(..., C, H, W)`` of the windows around every pixel of float images of that shape."""
+    shape = predicted.shape
+    x, y = predicted.reshape(-1, 1, *shape[-2:]), target.reshape(-1, 1, *shape[-2:])
+    mean_x, mean_y, mean_xx, mean_yy, mean_xy = _blur(torch.cat([x, y, x * x, y * y, x * y])).chunk(5)
+    c1, c2 = (_SSIM_K1 * PEAK) ** 2, (_SSIM_K2 * PEAK) ** 2
+    variances = mean_xx - mean_x**2 + mean_yy - mean_y**2
+    covariance = mean_xy - mean_x * mean_y
+    similarity = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
+    similarity = similarity / ((mean_x**2 + mean_y**2 + c1) * (variances + c2))
+    return similarity.reshape(shape)
+
+
+def geometry_rmse_mm(predicted: Tensor, target: Tensor) -> Tensor:
+    """Root mean squared distance ``(...)`` in mm between corresponding vertices ``(..., V, 3)``."""
+    if predicted.shape != target.shape:
+        raise ValueError(f"vertices {tuple(predicted.shape)} and {tuple(target.shape)} have different shapes")
+    return (predicted - target).square().sum(-1).mean(-1).sqrt()
+
+
+def temporal_jitter_mm(vertices: Tensor) -> Tensor:
+    """How much consecutive frames ``(F, V, 3)`` shake: mean length in mm of the vertices' second differences.
+
+    A still or evenly moving face has none; compare with the target's own. At least 3 frames.
+    """
+    if len(vertices) < 3:
+        raise ValueError(f"jitter needs at least 3 consecutive frames, found {len(vertices)}")
+    return (vertices[2:] - 2 * vertices[1:-1] + vertices[:-2]).norm(dim=-1).mean()
+
+
+def calibration_rms(y: Tensor, prior: DiagonalGaussian) -> Tensor:
+    """RMS ``(...)`` over dimensions of y's residuals in standard deviations; above 1: over-confident."""
+    return prior.whiten(y).square().mean(-1).sqrt()
+
+
+@dataclass(frozen=True)
+class BootstrapInterval:
+    """A mean over frames and the interval in which it lies with the stated confidence."""
+
+    mean: float
+    low: float
+    high: float
+    confidence: float
+    frames: int
+
+
+def bootstrap_interval(
+    values: Tensor, *, seed: int = 0, confidence: float = 0.95, resamples: int = 2000
+) -> BootstrapInterval:
+    """Percentile bootstrap of a mean over frames.
+
+    Args:
+        values: ``(frames,)`` one finite value for each frame.
+        seed: of the resampling.
+        confidence: between 0 and 1.
+        resamples: number of bootstrap samples.
+    """
+    if values.ndim != 1 or len(values) == 0 or not bool(values.isfinite().all()):
+        raise ValueError(f"expected finite values of at least one frame, found shape {tuple(values.shape)}")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence is {confidence}, expected a value between 0 and 1")
+    values = values.detach().double().cpu()
+    generator = torch.Generator().manual_seed(seed)
+    # One resample at a time: frames x resamples need not fit into memory.
+    means = torch.stack(
+        [values[torch.randint(len(values), (len(values),), generator=generator)].mean() for _ in range(resamples)]
+    )
+    tail = (1 - confidence) / 2
+    low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return BootstrapInterval(float(values.mean()), low, high, confidence, len(values))
+
+
+def _blur(planes: Tensor) -> Tensor:
+    half = _SSIM_WINDOW // 2
+    offsets = torch.arange(-half, half + 1, dtype=planes.dtype, device=planes.device)
+    window = torch.exp(-offsets.square() / (2 * _SSIM_SIGMA**2))
+    window = window / window.sum()
+    padded = F.pad(planes, (half, half, half, half), mode="reflect")
+    return F.conv2d(F.conv2d(padded, window.view(1, 1, 1, -1)), window.view(1, 1, -1, 1))
+
+
+def _check_images(predicted: Tensor, target: Tensor, mask: Tensor) -> None:
+    expected = (*predicted.shape[:-3], *predicted.shape[-2:])
+    if predicted.shape != target.shape or tuple(mask.shape) != expected:
+        raise ValueError(
+            f"predicted {tuple(predicted.shape)}, target {tuple(target.shape)} and mask {tuple(mask.shape)} "
+            "disagree: expected (..., C, H, W) twice and (..., H, W)"
+        )

@@ -1,0 +1,64 @@
+"""What an avatar knows of its capture: enough to be used without it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lipflow.errors import ConfigError
+from lipflow.types import Camera, Normalization, Topology
+
+
+@dataclass(frozen=True)
+class AvatarContext:
+    """The capture's constants that the networks, the fitting and the renderer need.
+
+    Attributes:
+        topology: of all meshes.
+        normalization: statistics of the training segments and cameras.
+        camera_ids: all dome cameras, in the order that ``FrameBatch.camera_index`` refers to.
+        train_camera_ids: those with images in training, in any order; only they get colour parameters. The first of
+            them in the order of ``camera_ids`` is the anchor.
+        headset_cameras: in the order of ``DrivingSignals.hmc_images``, at the size of those images; () if none.
+        frontal_camera_id: the camera of the frontal image and of the keypoints; None if none.
+        frontal_image_hw: (height, width) of the frontal image, to which its intrinsics refer; None if none.
+        keypoint_names: keys of ``topology.landmarks`` in the order of ``DrivingSignals.keypoints``; () if none.
+    """
+
+    topology: Topology
+    normalization: Normalization
+    camera_ids: tuple[str, ...]
+    train_camera_ids: tuple[str, ...]
+    headset_cameras: tuple[Camera, ...] = ()
+    frontal_camera_id: str | None = None
+    frontal_image_hw: tuple[int, int] | None = None
+    keypoint_names: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if not self.train_camera_ids:
+            raise ConfigError("the context names no training camera: give at least one in train_camera_ids")
+        strangers = sorted(set(self.train_camera_ids) - set(self.camera_ids))
+        if strangers:
+            raise ConfigError(
+                f"training cameras {strangers} are not among the capture's {len(self.camera_ids)} cameras"
+            )
+        unknown = sorted(set(self.keypoint_names) - set(self.topology.landmarks))
+        if unknown:
+            raise ConfigError(f"keypoints {unknown} are no landmarks of the topology: name only those it has")
+        sizes = {camera.image_size_hw for camera in self.headset_cameras}
+        if len(sizes) > 1:
+            raise ConfigError(f"headset cameras have images of different sizes {sorted(sizes)}: resize them to one")
+
+    @property
+    def offered_signals(self) -> tuple[str, ...]:
+        """The driving signals that this capture can show."""
+        offers = (
+            ("hmc", bool(self.headset_cameras)),
+            ("frontal", self.frontal_image_hw is not None),
+            ("keypoints", bool(self.keypoint_names)),
+        )
+        return tuple(name for name, offered in offers if offered)
+
+    @property
+    def landmark_vertices(self) -> list[int]:
+        """Vertex index of every keypoint."""
+        return [int(self.topology.landmarks[name]) for name in self.keypoint_names]

@@ -1,0 +1,132 @@
+"""Shards on a local disk: remote ones are copied whole, checked against the manifest, and kept within a bound."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from collections import defaultdict
+from pathlib import Path
+
+from lipflow.errors import ShardSetError
+from pipeline import storage
+from pipeline.manifest import ShardRecord
+
+_SUFFIX = ".shard"
+
+
+class ShardCache:
+    """Reads ranges of shards; a shard's digest is checked before its first byte is handed out.
+
+    Local shards are read where they lie. Several processes may share one folder: names are digests, files appear
+    atomically, and a file that another process removed is fetched again.
+
+    Args:
+        shards_uri: the shard set.
+        folder: where copies of remote shards are kept; None: a temporary folder of this object.
+        max_bytes: the copies' total size; the one used longest ago goes first.
+    """
+
+    def __init__(self, shards_uri: str, folder: str | Path | None, max_bytes: int):
+        self._shards_uri = storage.normalize_uri(shards_uri)
+        self._local = storage.is_local(shards_uri)
+        self._max_bytes = max_bytes
+        self._temporary = None
+        if folder is None and not self._local:
+            self._temporary = tempfile.TemporaryDirectory(prefix="lipflow-shards-")
+            folder = self._temporary.name
+        self._folder = None if folder is None else Path(folder)
+        self._locks: dict[str, threading.Lock] = defaultdict(threading.Lock)
+        self._locks_guard = threading.Lock()
+        self._checked: set[str] = set()
+        self._paths: dict[str, Path] = {}
+
+    def read(self, shard: ShardRecord, offset: int, size: int) -> bytes:
+        """``size`` bytes of a shard.
+
+        Raises:
+            ShardSetError: the shard is absent, or it is not the one of the manifest.
+            StorageError: it cannot be copied.
+        """
+        for _ in range(3):
+            path = self.ensure(shard)
+            try:
+                with path.open("rb", buffering=0) as stream:
+                    body = os.pread(stream.fileno(), size, offset)
+            except FileNotFoundError:
+                self._checked.discard(shard.sha256)
+                continue
+            if len(body) == size:
+                return body
+            raise ShardSetError(f"{path}: ends within a member; the shard was changed while it was read")
+        raise ShardSetError(f"{shard.name}: removed while it was read; raise the bound of the cache")
+
+    def ensure(self, shard: ShardRecord) -> Path:
+        """The local path of a shard that was checked, after copying it if need be."""
+        path = self._paths.get(shard.name)
+        if path is None:
+            path = self._paths[shard.name] = self._path(shard)
+        with self._lock(shard.sha256):
+            there = self._local or _touch(path)
+            if there and shard.sha256 in self._checked:
+                return path
+            if not there:
+                self._make_room(shard.size_bytes)
+                try:
+                    storage.download(storage.join(self._shards_uri, shard.name), path)
+                except storage.ObjectNotFoundError as error:
+                    raise ShardSetError(f"{error}; the manifest lists it, shard the capture again") from error
+            self._check(shard, path)
+            self._checked.add(shard.sha256)
+            return path
+
+    def _path(self, shard: ShardRecord) -> Path:
+        if self._folder is None or self._local:
+            return storage.local_path(storage.join(self._shards_uri, shard.name))
+        return self._folder / (shard.sha256 + _SUFFIX)
+
+    def _check(self, shard: ShardRecord, path: Path) -> None:
+        uri = storage.join(self._shards_uri, shard.name)
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError as error:
+            raise ShardSetError(f"{uri}: the shard is not there, but the manifest lists it; shard again") from error
+        if size == shard.size_bytes and storage.sha256_hex(path) == shard.sha256:
+            return
+        if not self._local:
+            path.unlink(missing_ok=True)
+        raise ShardSetError(
+            f"{uri}: {size} bytes that do not match the manifest (size {shard.size_bytes}, SHA-256"
+            f" {shard.sha256[:12]}...); the shard is damaged, shard the capture again"
+        )
+
+    def _make_room(self, needed_bytes: int) -> None:
+        """Remove the copies used longest ago until the new one fits; others may be removing them as well."""
+        if self._folder is None or not self._folder.exists():
+            return
+        copies = []
+        for path in self._folder.glob("*" + _SUFFIX):
+            try:
+                facts = path.stat()
+            except FileNotFoundError:
+                continue
+            copies.append((facts.st_mtime_ns, facts.st_size, path))
+        total = sum(size for _, size, _ in copies) + needed_bytes
+        for _, size, path in sorted(copies):
+            if total <= self._max_bytes:
+                break
+            path.unlink(missing_ok=True)
+            total -= size
+
+    def _lock(self, key: str) -> threading.Lock:
+        with self._locks_guard:
+            return self._locks[key]
+
+
+def _touch(path: Path) -> bool:
+    """Mark a copy as used now; False if it is not there."""
+    try:
+        os.utime(path)
+    except FileNotFoundError:
+        return False
+    return True

@@ -1,0 +1,175 @@
+"""The manifest of a shard set: the commit, written last. Without it there is no data set."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+import pydantic
+from pydantic import Field, model_validator
+
+from lipflow.config import StrictConfig
+from lipflow.errors import ShardSetError
+from lipflow.types import Camera
+from pipeline import storage
+from pipeline.splits import Split
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+_SAFE_NAME = re.compile(r"^[^/\\.\x00-\x1f][^/\\\x00-\x1f]*$")
+
+Sha256 = str
+Row3 = tuple[float, float, float]
+Row4 = tuple[float, float, float, float]
+
+
+class CameraRecord(StrictConfig):
+    """One camera, with K in pixels of the *stored* images. For a headset camera the pose is cam_from_head."""
+
+    camera_id: str
+    intrinsics: tuple[Row3, Row3, Row3]
+    cam_from_world: tuple[Row4, Row4, Row4]
+    image_size_hw: tuple[int, int]
+
+    @classmethod
+    def of(cls, camera: Camera) -> CameraRecord:
+        """The record of a camera without distortion."""
+        return cls(
+            camera_id=camera.camera_id,
+            intrinsics=np.asarray(camera.intrinsics, np.float64).tolist(),
+            cam_from_world=np.asarray(camera.cam_from_world, np.float64).tolist(),
+            image_size_hw=camera.image_size_hw,
+        )
+
+    def camera(self) -> Camera:
+        """The camera itself."""
+        return Camera(self.camera_id, np.array(self.intrinsics), np.array(self.cam_from_world), self.image_size_hw)
+
+
+class SkippedFile(StrictConfig):
+    """A file that could not be used, where the ``skip`` policy allows that."""
+
+    path: str
+    reason: str
+
+
+class SampleRecord(StrictConfig):
+    """One frame in a shard.
+
+    Attributes:
+        frame_id: ``"SEGMENT/FRAME"``.
+        members: member suffix, such as ``"400029.image.png"``, to (offset of its bytes in the tar, size in bytes).
+        missing_views: cameras of the capture without an image of this frame.
+    """
+
+    frame_id: str
+    members: dict[str, tuple[int, int]]
+    missing_views: tuple[str, ...] = ()
+
+
+class ShardRecord(StrictConfig):
+    """One tar: what a reader must find in it."""
+
+    name: str
+    split: Split
+    sha256: Sha256
+    size_bytes: int
+    samples: tuple[SampleRecord, ...]
+    skipped: tuple[SkippedFile, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> ShardRecord:
+        if not _SAFE_NAME.match(self.name):
+            raise ValueError(f"shard name {self.name!r} is not a plain file name")
+        for sample in self.samples:
+            for suffix, (offset, size) in sample.members.items():
+                if offset < 0 or size < 0 or offset + size > self.size_bytes:
+                    raise ValueError(f"{self.name}: {sample.frame_id}.{suffix} lies outside of the shard")
+        return self
+
+
+class Manifest(StrictConfig):
+    """All that a reader has to know of a shard set.
+
+    Attributes:
+        fingerprint: of the configuration and the capture's listing; the same one means the same shards.
+        files: the digests of ``topology.npz`` and ``normalization.npz``.
+        image_size_hw: of every dome camera's stored images.
+        texture_size: of the stored textures.
+    """
+
+    format: Literal["lipflow-shards"] = "lipflow-shards"
+    format_version: Literal[1] = 1
+    config: dict[str, Any]
+    capture_uri: str
+    fingerprint: str
+    files: dict[str, Sha256]
+    shards: tuple[ShardRecord, ...]
+    cameras: tuple[CameraRecord, ...]
+    train_camera_ids: tuple[str, ...]
+    test_camera_ids: tuple[str, ...]
+    frontal_camera_id: str | None
+    headset_cameras: tuple[CameraRecord, ...]
+    keypoint_names: tuple[str, ...]
+    splits: dict[str, tuple[str, ...]]
+    image_size_hw: tuple[int, int] = Field(description="pixels")
+    texture_size: int
+    num_vertices: int
+
+    @classmethod
+    def load(cls, shards_uri: str) -> Manifest:
+        """The manifest of the shard set at a path or URI.
+
+        Raises:
+            ShardSetError: there is none, it is of another version, or it is damaged.
+        """
+        uri = storage.join(shards_uri, MANIFEST_NAME)
+        try:
+            text = storage.read_text(uri)
+        except storage.ObjectNotFoundError as error:
+            raise ShardSetError(
+                f"{storage.normalize_uri(shards_uri)}: no {MANIFEST_NAME}, so no shard set;"
+                " correct the address or run `lipflow shard` to the end"
+            ) from error
+        try:
+            version = json.loads(text).get("format_version")
+            if version != FORMAT_VERSION:
+                raise ShardSetError(f"{uri}: format version {version}, expected {FORMAT_VERSION}; shard again")
+            return cls.model_validate_json(text)
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise ShardSetError(f"{uri}: damaged at {where} ({first['msg']}); shard again") from error
+        except (ValueError, AttributeError) as error:
+            raise ShardSetError(f"{uri}: not a manifest ({error}); shard again") from error
+
+    def save(self, shards_uri: str) -> None:
+        """Write the manifest atomically: this commits the set."""
+        storage.write_bytes(storage.join(shards_uri, MANIFEST_NAME), self.model_dump_json(indent=1).encode())
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over everything that determines the data: equal digests mean equal batches, wherever they lie."""
+        content = self.model_dump(mode="json", exclude={"capture_uri", "shards"})
+        content["shards"] = [(shard.name, shard.sha256, shard.size_bytes) for shard in self.shards]
+        return canonical_sha256(content)
+
+    def missing_views(self) -> Iterator[tuple[str, str]]:
+        """All (frame id, camera id) without an image."""
+        for shard in self.shards:
+            for sample in shard.samples:
+                yield from ((sample.frame_id, camera_id) for camera_id in sample.missing_views)
+
+    def skipped(self) -> tuple[SkippedFile, ...]:
+        """All files that could not be used."""
+        return tuple(item for shard in self.shards for item in shard.skipped)
+
+
+def canonical_sha256(content: Any) -> Sha256:
+    """SHA-256 of JSON with sorted keys and no spaces."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()

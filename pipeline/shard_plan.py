@@ -1,0 +1,159 @@
+"""What a shard set will hold: a pure function of the capture's listing and the configuration."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+
+from lipflow.config import StrictConfig
+from lipflow.errors import CaptureError, ConfigError
+from pipeline.capture import Capture
+from pipeline.codecs import ImageCodec, ResizeFilter, check_codec
+from pipeline.manifest import FORMAT_VERSION, CameraRecord, canonical_sha256
+from pipeline.samples import SampleSettings
+from pipeline.setfiles import encode_topology
+from pipeline.splits import SPLITS, Split, SplitConfig, hash_order, split_cameras, split_segments
+
+
+class ShardConfig(StrictConfig):
+    """What a shard set holds and how.
+
+    Attributes:
+        image_size_hw: of the stored images; None: as captured.
+        texture_size: of the stored textures; None: as captured.
+        codec: of the camera images; meshes, textures and headset views are always lossless.
+        quality: of the lossy codecs.
+        resize_filter: ``box`` averages the pixels that fall into one; ``lanczos`` is sharper and rings.
+        frames_per_shard: samples of one tar.
+        seed: of the order of frames.
+        splits: segments and cameras of training, validation and test.
+        store_view_textures: also store the textures unwrapped from single cameras, where the capture has them.
+        statistics: ``recompute`` over the training segments, or take the ``capture``'s own files.
+        on_error: whether a corrupt file fails the job, or is listed and skipped.
+        max_skipped_fraction: with ``skip``, the fraction of all files above which the job fails nevertheless.
+    """
+
+    image_size_hw: tuple[int, int] | None = None
+    texture_size: int | None = Field(default=None, gt=0)
+    codec: ImageCodec = "png"
+    quality: int = Field(default=95, ge=1, le=100)
+    resize_filter: ResizeFilter = "box"
+    frames_per_shard: int = Field(default=16, gt=0)
+    seed: int = 0
+    splits: SplitConfig = SplitConfig()
+    store_view_textures: bool = False
+    statistics: Literal["recompute", "capture"] = "recompute"
+    on_error: Literal["fail", "skip"] = "fail"
+    max_skipped_fraction: float = Field(default=0.01, ge=0, le=1)
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """The work of one shard; small, and picklable."""
+
+    name: str
+    split: Split
+    frames: tuple[tuple[str, str], ...]
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """All shards of a set, in the order of the manifest."""
+
+    shards: tuple[ShardTask, ...]
+    splits: dict[str, list[str]]
+    train_camera_ids: tuple[str, ...]
+    test_camera_ids: tuple[str, ...]
+    settings: SampleSettings
+    fingerprint: str
+
+
+def plan_shards(capture: Capture, config: ShardConfig) -> ShardPlan:
+    """Which frames go into which shard.
+
+    Raises:
+        CaptureError: a camera with lens distortion, or a name that cannot stand in a tar.
+        ConfigError: splits or sizes that do not fit the capture, or a codec that is not installed.
+    """
+    check_codec(config.codec)
+    for camera in (*capture.cameras, *capture.headset_cameras):
+        if np.any(np.asarray(camera.distortion) != 0):
+            raise CaptureError(
+                f"{capture.uri}: camera {camera.camera_id} has lens distortion {np.asarray(camera.distortion)};"
+                " undistort the images and set its coefficients to zero first"
+            )
+    splits = split_segments(capture, config.splits)
+    train_cameras, test_cameras = split_cameras(capture, config.splits)
+    settings = sample_settings(capture, config)
+    fingerprint = _fingerprint(capture, config)
+    shards: list[ShardTask] = []
+    for split in SPLITS:
+        keys = [f"{segment}/{frame}" for segment in splits[split] for frame in capture.segments[segment]]
+        order = hash_order(keys, config.seed, "frames")
+        for number, start in enumerate(range(0, len(order), config.frames_per_shard)):
+            chosen = order[start : start + config.frames_per_shard]
+            frames = tuple((key.partition("/")[0], key.partition("/")[2]) for key in chosen)
+            shards.append(ShardTask(f"{split}-{number:06d}.tar", split, frames, fingerprint))
+    return ShardPlan(tuple(shards), splits, tuple(train_cameras), tuple(test_cameras), settings, fingerprint)
+
+
+def sample_settings(capture: Capture, config: ShardConfig) -> SampleSettings:
+    """How the frames of this capture are stored: the configuration, with what it leaves to the capture filled in.
+
+    Raises:
+        ConfigError: cameras of several image sizes, and none was chosen.
+    """
+    return SampleSettings(
+        image_size_hw=config.image_size_hw or _common_image_size(capture),
+        texture_size=config.texture_size or capture.texture_size,
+        codec=config.codec,
+        quality=config.quality,
+        resize_filter=config.resize_filter,
+        store_view_textures=config.store_view_textures,
+        unwrap_camera_ids=tuple(split_cameras(capture, config.splits)[0]),
+        on_error=config.on_error,
+    )
+
+
+def _common_image_size(capture: Capture) -> tuple[int, int]:
+    sizes = {tuple(camera.image_size_hw) for camera in capture.cameras}
+    if len(sizes) != 1:
+        raise ConfigError(
+            f"{capture.uri}: cameras with {len(sizes)} image sizes; set image_size_hw to store one size"
+        )
+    height, width = sizes.pop()
+    return height, width
+
+
+def _fingerprint(capture: Capture, config: ShardConfig) -> str:
+    """What decides a set's content: the configuration, the capture's listing, and probes of its files.
+
+    Reading every byte of a capture to name it would take as long as sharding it. The first frame of every segment
+    is read instead, which tells a capture from another one that was made with the same names.
+    """
+    probes = []
+    for segment, frames in capture.segments.items():
+        source = capture.frame(segment, frames[0])
+        bodies = (source.average_texture_file(), source.image_file(capture.cameras[0].camera_id))
+        probes.append([segment, *frames, *(None if body is None else _sha256(body) for body in bodies)])
+    cameras = [*capture.cameras, *capture.headset_cameras]
+    return canonical_sha256(
+        {
+            "format_version": FORMAT_VERSION,
+            "config": config.model_dump(mode="json"),
+            "cameras": [CameraRecord.of(camera).model_dump(mode="json") for camera in cameras],
+            "frontal_camera_id": capture.frontal_camera_id,
+            "keypoint_names": capture.keypoint_names,
+            "topology": _sha256(encode_topology(capture.topology, capture.texture_size)),
+            "probes": probes,
+        }
+    )
+
+
+def _sha256(body: bytes) -> str:
+    return hashlib.sha256(body).hexdigest()

@@ -1,0 +1,232 @@
+"""From a capture to a WebDataset shard set: plan, write each shard, take statistics, commit.
+
+Every step is a plain function that can run anywhere: :func:`plan_shards` is a pure function of the capture's
+listing and the configuration, :func:`write_shard` is idempotent and gives the same bytes whenever it is run, and
+:func:`commit` writes the manifest last, which makes the set exist.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+
+import numpy as np
+from pydantic import ValidationError
+
+from lipflow.config import StrictConfig
+from lipflow.errors import CaptureError, ShardSetError
+from lipflow.types import Normalization
+from pipeline import storage
+from pipeline.capture import Capture, open_capture
+from pipeline.codecs import resize_image
+from pipeline.frames import read_mesh_and_texture
+from pipeline.manifest import CameraRecord, Manifest, SampleRecord, ShardRecord
+from pipeline.samples import SampleEncoder
+from pipeline.setfiles import NORMALIZATION_NAME, TOPOLOGY_NAME, encode_normalization, encode_topology
+from pipeline.shard_plan import ShardConfig, ShardPlan, ShardTask, plan_shards, sample_settings
+from pipeline.stats import FrameSums, merge, normalization_from, sum_frames
+from pipeline.tar import ShardWriter
+
+_logger = logging.getLogger(__name__)
+
+
+class _ShardSidecar(StrictConfig):
+    """What lies beside a finished shard until (and after) the commit, so that a second run can trust it."""
+
+    fingerprint: str
+    record: ShardRecord
+
+
+def write_shard(capture: Capture | str, config: ShardConfig, task: ShardTask, out_uri: str) -> ShardRecord:
+    """Write one shard, unless the very same one is there already. Its bytes depend on the arguments alone.
+
+    Args:
+        capture: the open capture, or its URI.
+        config: the configuration of the set.
+        task: one of the plan's.
+        out_uri: the folder of the set.
+
+    Raises:
+        CaptureError: a file of the capture is corrupt, and the policy is to fail.
+        StorageError: the shard cannot be written.
+    """
+    present = _present_record(task, out_uri)
+    if present is not None:
+        _logger.info("%s is there already", task.name)
+        return present
+    if isinstance(capture, str):
+        capture = open_capture(capture)
+    encoder = SampleEncoder(capture, sample_settings(capture, config))
+    samples = []
+    with storage.open_for_writing(storage.join(out_uri, task.name)) as stream, ShardWriter(stream) as writer:
+        for segment, frame in task.frames:
+            sample = encoder.sample(segment, frame)
+            if sample is not None:
+                places = writer.add_sample(sample.frame_id, sample.members)
+                missing = tuple(sample.missing_views)
+                samples.append(SampleRecord(frame_id=sample.frame_id, members=places, missing_views=missing))
+    record = ShardRecord(
+        name=task.name,
+        split=task.split,
+        sha256=writer.sha256,
+        size_bytes=writer.size_bytes,
+        samples=tuple(samples),
+        skipped=tuple(encoder.skipped),
+    )
+    sidecar = _ShardSidecar(fingerprint=task.fingerprint, record=record)
+    storage.write_bytes(_sidecar_uri(task, out_uri), sidecar.model_dump_json().encode())
+    return record
+
+
+def shard_statistics(out_uri: str, record: ShardRecord) -> FrameSums | None:
+    """Partial statistics of a written training shard, read back from it; None for a shard without frames."""
+    if not record.samples:
+        return None
+    shard_uri = storage.join(out_uri, record.name)
+    return sum_frames(record.name, (read_mesh_and_texture(shard_uri, sample) for sample in record.samples))
+
+
+def reduce_statistics(
+    out_uri: str, capture: Capture, config: ShardConfig, partials: list[FrameSums | None]
+) -> Normalization:
+    """The set's normalisation from the partial statistics of all training shards, in any order.
+
+    Raises:
+        CaptureError: the capture's own statistics are asked for and it has none, or there is no training frame.
+    """
+    if config.statistics == "recompute":
+        return normalization_from(merge(partial for partial in partials if partial is not None))
+    own = capture.normalization()
+    if own is None:
+        raise CaptureError(f"{capture.uri}: the capture has no statistics of its own; set statistics=recompute")
+    size = config.texture_size or capture.texture_size
+    texture = np.stack([resize_image(channel, (size, size)) for channel in own.texture_mean.astype(np.float32)])
+    return Normalization(texture, own.texture_std, own.vertices_mean, own.vertices_std)
+
+
+def commit(
+    out_uri: str,
+    capture: Capture,
+    config: ShardConfig,
+    plan: ShardPlan,
+    records: list[ShardRecord],
+    normalization: Normalization,
+) -> Manifest:
+    """Write ``topology.npz`` and ``normalization.npz``, then the manifest, which makes the set exist.
+
+    Raises:
+        ShardSetError: a planned shard has no record.
+        CaptureError: more files were skipped than the configuration allows.
+    """
+    by_name = {record.name: record for record in records}
+    absent = [task.name for task in plan.shards if task.name not in by_name]
+    if absent:
+        raise ShardSetError(f"{out_uri}: {len(absent)} shards were not written, first {absent[0]}; run it again")
+    ordered = tuple(by_name[task.name] for task in plan.shards)
+    _check_skipped(capture, config, ordered)
+    size = plan.settings.texture_size
+    files = {
+        TOPOLOGY_NAME: encode_topology(capture.topology, size),
+        NORMALIZATION_NAME: encode_normalization(normalization),
+    }
+    for name, body in files.items():
+        storage.write_bytes(storage.join(out_uri, name), body)
+    manifest = Manifest(
+        config=config.model_dump(mode="json"),
+        capture_uri=capture.uri,
+        fingerprint=plan.fingerprint,
+        files={name: hashlib.sha256(body).hexdigest() for name, body in files.items()},
+        shards=ordered,
+        cameras=tuple(CameraRecord.of(camera.resized(plan.settings.image_size_hw)) for camera in capture.cameras),
+        train_camera_ids=plan.train_camera_ids,
+        test_camera_ids=plan.test_camera_ids,
+        frontal_camera_id=capture.frontal_camera_id,
+        headset_cameras=tuple(CameraRecord.of(camera) for camera in capture.headset_cameras),
+        keypoint_names=capture.keypoint_names,
+        splits={split: tuple(segments) for split, segments in plan.splits.items()},
+        image_size_hw=plan.settings.image_size_hw,
+        texture_size=size,
+        num_vertices=capture.topology.num_vertices,
+    )
+    manifest.save(out_uri)
+    return manifest
+
+
+def find_committed(out_uri: str, plan: ShardPlan, *, check_digests: bool = False) -> Manifest | None:
+    """The manifest of a set that this very plan has written completely; None if there is work to do.
+
+    Every shard's size is compared with the manifest; with ``check_digests`` every byte is.
+    """
+    try:
+        manifest = Manifest.load(out_uri)
+    except ShardSetError:
+        return None
+    if manifest.fingerprint != plan.fingerprint:
+        return None
+    try:
+        for shard in manifest.shards:
+            if storage.size_bytes(storage.join(out_uri, shard.name)) != shard.size_bytes:
+                return None
+        digests = manifest.files | (
+            {shard.name: shard.sha256 for shard in manifest.shards} if check_digests else {}
+        )
+        intact = all(storage.sha256_hex(storage.join(out_uri, name)) == sha for name, sha in digests.items())
+    except storage.ObjectNotFoundError:
+        return None
+    return manifest if intact else None
+
+
+def write_shards(capture: Capture, config: ShardConfig, out_uri: str) -> Manifest:
+    """The whole job in this process: plan, write, take statistics, commit; nothing if that was done before.
+
+    Raises:
+        LipflowError: as the single steps.
+    """
+    plan = plan_shards(capture, config)
+    done = find_committed(out_uri, plan)
+    if done is not None:
+        return done
+    records = [write_shard(capture, config, task, out_uri) for task in plan.shards]
+    train = [record for record in records if record.split == "train"] if config.statistics == "recompute" else []
+    partials = [shard_statistics(out_uri, record) for record in train]
+    return commit(out_uri, capture, config, plan, records, reduce_statistics(out_uri, capture, config, partials))
+
+
+def _present_record(task: ShardTask, out_uri: str) -> ShardRecord | None:
+    """The record of the shard if the very same one lies there, whole; every byte of it is compared."""
+    try:
+        sidecar = _ShardSidecar.model_validate_json(storage.read_bytes(_sidecar_uri(task, out_uri)))
+        record, shard_uri = sidecar.record, storage.join(out_uri, task.name)
+        if sidecar.fingerprint != task.fingerprint or storage.size_bytes(shard_uri) != record.size_bytes:
+            return None
+        return record if storage.sha256_hex(shard_uri) == record.sha256 else None
+    except (storage.ObjectNotFoundError, ValidationError):
+        return None
+
+
+def _sidecar_uri(task: ShardTask, out_uri: str) -> str:
+    return storage.join(out_uri, task.name.removesuffix(".tar") + ".json")
+
+
+def _check_skipped(capture: Capture, config: ShardConfig, records: tuple[ShardRecord, ...]) -> None:
+    skipped = [item for record in records for item in record.skipped]
+    total = len(skipped) + sum(len(sample.members) for record in records for sample in record.samples)
+    if skipped and len(skipped) > config.max_skipped_fraction * total:
+        raise CaptureError(
+            f"{capture.uri}: {len(skipped)} of {total} files cannot be used, at most"
+            f" {config.max_skipped_fraction:.1%} may be skipped; first: {skipped[0].path}: {skipped[0].reason}"
+        )
+
+
+__all__ = [
+    "ShardConfig",
+    "ShardPlan",
+    "ShardTask",
+    "commit",
+    "find_committed",
+    "plan_shards",
+    "reduce_statistics",
+    "shard_statistics",
+    "write_shard",
+    "write_shards",
+]

@@ -1,0 +1,295 @@
+"""Avatars come back from the registry as they went in, and only better ones become champion."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from cluster.promotion import PromotionConfig, promote, rollback
+from cluster.pyfunc_model import driving_signals, input_arrays
+from cluster.registry import (
+    CHALLENGER,
+    AvatarVersion,
+    RegistryError,
+    download_model,
+    evaluation_metrics,
+    find_version,
+    record_evaluation,
+    register_avatar,
+    registered_version,
+)
+from cluster.tracking import KIND_TAG, PARENT_RUN_TAG, TrackingConfig, load_table, open_client, tracked_run
+from lipflow.checkpoint import load_avatar, save_avatar
+from lipflow.config import AvatarConfig
+from lipflow.errors import LipflowError
+from lipflow.model.avatar import Avatar
+from lipflow.model.context import AvatarContext
+from lipflow.types import Camera, CameraTensors, DrivingSignals, Normalization, Topology
+
+# Raised inside MLflow, about its own use of SQLAlchemy and pandas.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy"),
+    pytest.mark.filterwarnings("ignore:For backward compatibility, 'str' dtypes"),
+]
+
+PSNR = PromotionConfig(primary_metric="psnr_db", higher_is_better=True)
+FRAMES = 3
+
+
+def make_avatar(method: str = "lipflow") -> Avatar:
+    rng = np.random.default_rng(0)
+    topology = Topology(
+        faces=np.array([[0, 1, 2], [0, 2, 3]]),
+        uvs=np.array([[0, 0], [1, 0], [1, 1], [0, 1]], np.float32),
+        uv_faces=np.array([[0, 1, 2], [0, 2, 3]]),
+        weight_mask=np.ones((32, 32), np.float32),
+        landmarks={"chin": 0, "nose": 2},
+        num_vertices=4,
+    )
+    normalization = Normalization(
+        rng.uniform(0, 255, (3, 32, 32)).astype(np.float32), 20.0, rng.normal(size=(4, 3)).astype(np.float32), 5.0
+    )
+    headset = Camera("left-eye", np.eye(3), np.eye(3, 4), (12, 16))
+    context = AvatarContext(
+        topology, normalization, ("a", "b"), ("a",), (headset,), "a", (24, 18), keypoint_names=("chin", "nose")
+    )
+    config = AvatarConfig.small(texture_size=32, latent_size=4, driver_image_size=16, method=method)
+    return Avatar(config, context).eval()
+
+
+def make_driving() -> DrivingSignals:
+    generator = torch.Generator().manual_seed(0)
+    return DrivingSignals(
+        hmc_images=torch.randint(0, 255, (FRAMES, 1, 1, 12, 16), generator=generator, dtype=torch.uint8),
+        hmc_present=torch.tensor([[True], [True], [False]]),
+        frontal_images=torch.randint(0, 255, (FRAMES, 3, 24, 18), generator=generator, dtype=torch.uint8),
+        frontal_present=torch.tensor([True, False, False]),
+        keypoints=torch.rand(FRAMES, 2, 3, generator=generator) * torch.tensor([18.0, 24.0, 1.0]),
+        frontal_cameras=CameraTensors(
+            torch.tensor([[20.0, 0, 9], [0, 20, 12], [0, 0, 1]]).expand(FRAMES, 3, 3),
+            torch.cat([torch.eye(3), torch.tensor([[0.0], [0], [500]])], 1).expand(FRAMES, 3, 4),
+        ),
+    )
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("avatar") / "model"
+    save_avatar(make_avatar(), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(tracking_config) -> TrackingConfig:
+    return tracking_config
+
+
+@pytest.fixture(scope="module")
+def registered(config, model_dir) -> AvatarVersion:
+    with tracked_run("train", "train", config=config) as run:
+        return register_avatar(
+            model_dir, run, example=make_driving(), shards_digest="d1", metrics={"psnr_db": 30.0}, name="packaged"
+        )
+
+
+def add_version(config: TrackingConfig, name: str, digest: str = "d1", **metrics: float) -> str:
+    """A version with nothing but its evaluation, which is all that the gate reads."""
+    with tracked_run("train", "train", config=config) as run:
+        if not [model for model in run.client.search_registered_models() if model.name == name]:
+            run.client.create_registered_model(name)
+        created = run.client.create_model_version(name, "file:///nowhere", run.run_id)
+        version = AvatarVersion(name, str(created.version), run.run_id)
+        run.client.set_registered_model_alias(name, CHALLENGER, version.version)
+        record_evaluation(version, run, metrics=metrics, shards_digest=digest)
+    return version.version
+
+
+def champion(config: TrackingConfig, name: str) -> str:
+    return str(find_version(open_client(config), name, "champion").version)
+
+
+def test_registered_version_has_alias_digest_and_metrics(config, registered):
+    assert registered_version("models:/packaged@challenger", config) == registered
+    found = find_version(open_client(config), "packaged", "challenger")
+    assert str(found.version) == registered.version
+    assert found.run_id == registered.run_id
+    assert found.tags["lipflow.shards_digest"] == "d1"
+    assert evaluation_metrics(found) == {"psnr_db": 30.0}
+
+
+def test_registered_model_predicts_in_a_fresh_process_without_unpickling(config, registered, model_dir, tmp_path):
+    driving, views = make_driving(), torch.tensor([[0.0, 0.6, 0.8]]).expand(FRAMES, 3)
+    avatar = make_avatar()
+    np.savez(tmp_path / "in.npz", **input_arrays(driving, views, avatar.signals))
+    script = (
+        "import sys, mlflow, numpy as np\n"
+        "model = mlflow.pyfunc.load_model('models:/packaged@challenger')\n"
+        "import lipflow; print(lipflow.__file__)\n"
+        "out = model.predict(dict(np.load('in.npz')))\n"
+        "np.savez('out.npz', **out)\n"
+        "model.predict(model.input_example)\n"
+        "assert not {'cluster', 'pipeline', 'ray'} & set(sys.modules)\n"
+    )
+    env = os.environ | {
+        "MLFLOW_TRACKING_URI": config.uri,
+        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr
+    with torch.inference_mode():
+        prior = avatar.fused_prior(avatar.signals, driving)
+        decoded = avatar.decode(avatar.start(prior), views[:, None])
+    out = np.load(tmp_path / "out.npz")
+    np.testing.assert_allclose(out["vertices"], decoded.vertices, atol=1e-4)
+    np.testing.assert_allclose(out["latent_mean"], prior.mean, atol=1e-5)
+    np.testing.assert_allclose(out["latent_std"], prior.log_std.exp(), atol=1e-5)
+    assert out["textures"].shape == (FRAMES, 3, 32, 32)
+    assert np.abs(out["textures"] - decoded.textures[:, 0].clamp(0, 255).numpy()).max() <= 0.51
+
+
+def test_packaged_model_holds_no_pickle(config, registered, tmp_path):
+    folder = download_model("models:/packaged@challenger", tmp_path, config)
+    suffixes = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
+    assert not suffixes & {".pkl", ".pickle", ".pt", ".pth", ".bin"}
+    assert (folder / "..").exists()
+    requirements = next(tmp_path.rglob("requirements.txt")).read_text()
+    assert "torch==" in requirements
+    assert "+cpu" not in requirements
+
+
+@pytest.mark.parametrize("form", ["path", "file", "alias", "version", "run", "run_path"])
+def test_every_way_to_name_a_model_gives_the_same_avatar(config, registered, model_dir, tmp_path, form):
+    model = {
+        "path": str(model_dir),
+        "file": model_dir.as_uri(),
+        "alias": "models:/packaged@challenger",
+        "version": registered.uri,
+        "run": f"runs:/{registered.run_id}",
+        "run_path": f"runs:/{registered.run_id}/avatar",
+    }[form]
+    avatar = load_avatar(download_model(model, tmp_path, config))
+    ours, theirs = make_avatar().state_dict(), avatar.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("models:/absent@champion", "no model 'absent'"),
+        ("models:/packaged@absent", "no alias 'absent', it has"),
+        ("models:/packaged/77", "no version 77, it has"),
+        ("models:/packaged", "names no version"),
+        ("runs:/" + "0" * 32, "cannot be fetched"),
+        ("/no/such/folder", "no model folder"),
+    ],
+)
+def test_model_that_is_not_there_is_a_one_line_error(config, registered, tmp_path, model, message):
+    with pytest.raises(LipflowError, match=message) as caught:
+        download_model(model, tmp_path, config)
+    assert "\n" not in str(caught.value)
+
+
+def test_avatar_without_drivers_is_not_registered(config, tmp_path):
+    save_avatar(make_avatar("dam"), tmp_path / "dam")
+    with tracked_run("train", "dam", config=config) as run, pytest.raises(RegistryError, match="without drivers"):
+        register_avatar(tmp_path / "dam", run, example=make_driving(), shards_digest="d1")
+
+
+def test_pyfunc_input_round_trips_and_refuses_what_does_not_fit():
+    driving, views = make_driving(), torch.ones(FRAMES, 3)
+    arrays = input_arrays(driving, views, ("hmc", "keypoints"))
+    assert "frontal_images" not in arrays
+    again = driving_signals(arrays, ("hmc", "keypoints"), torch.device("cpu"))
+    assert again.available() == ("hmc", "keypoints")
+    assert torch.equal(again.keypoints, driving.keypoints)
+    with pytest.raises(LipflowError, match="lacks"):
+        driving_signals({"keypoints": arrays["keypoints"]}, ("keypoints",), torch.device("cpu"))
+    with pytest.raises(LipflowError, match="differ in their number of frames"):
+        driving_signals(arrays | {"keypoints": arrays["keypoints"][:1]}, ("keypoints",), torch.device("cpu"))
+    with pytest.raises(LipflowError, match="has no hmc_images"):
+        input_arrays(DrivingSignals(), views, ("hmc",))
+
+
+def test_first_candidate_is_promoted_and_better_ones_follow_and_can_be_rolled_back(config):
+    first = add_version(config, "gate", psnr_db=30.0, rmse_mm=1.0)
+    decision = promote(config, PSNR, name="gate")
+    assert decision.promoted
+    assert decision.champion_version is None
+
+    second = add_version(config, "gate", psnr_db=30.5, rmse_mm=1.1)
+    decision = promote(config, PSNR, name="gate")
+    assert decision.promoted
+    assert champion(config, "gate") == second
+    table = load_table(config, decision.run_id, "decision.json")
+    assert table[0] == {"metric": "psnr_db", "candidate": 30.5, "champion": 30.0, "decides": True}
+    tags = open_client(config).get_run(decision.run_id).data.tags
+    assert tags[KIND_TAG] == "promote"
+    assert tags["lipflow.decision"] == "promoted"
+    assert PARENT_RUN_TAG in tags
+
+    decision = promote(config, PSNR, name="gate")
+    assert not decision.promoted
+    assert "the champion already" in decision.reason
+
+    assert rollback(config, name="gate") == (second, first)
+    assert champion(config, "gate") == first
+    with pytest.raises(RegistryError, match="no earlier champion"):
+        rollback(config, name="gate")
+
+
+@pytest.mark.parametrize(
+    ("digest", "psnr_db", "criterion", "reason"),
+    [
+        ("d1", 30.0, PSNR, "not better"),
+        ("d1", 29.0, PSNR, "not better"),
+        ("d1", float("nan"), PSNR, "no measurement"),
+        ("d2", 40.0, PSNR, "evaluate both on the same one"),
+        ("d1", 30.4, PSNR.model_copy(update={"minimum_gain": 0.5}), "by at least 0.5"),
+        ("d1", 31.0, PSNR.model_copy(update={"higher_is_better": False}), "not better"),
+    ],
+)
+def test_candidate_that_is_not_measurably_better_is_refused(config, request, digest, psnr_db, criterion, reason):
+    name = f"refuse-{request.node.callspec.indices['digest']}-{psnr_db}-{criterion.higher_is_better}"
+    held = add_version(config, name, psnr_db=30.0)
+    assert promote(config, PSNR, name=name).promoted
+    add_version(config, name, digest, psnr_db=psnr_db)
+    decision = promote(config, criterion, name=name)
+    assert not decision.promoted
+    assert reason in decision.reason
+    assert champion(config, name) == held
+
+
+def test_candidate_without_the_deciding_metric_is_an_error(config):
+    add_version(config, "unmeasured", rmse_mm=1.0)
+    with pytest.raises(RegistryError, match=r"no metric 'psnr_db', it has \['rmse_mm'\]"):
+        promote(config, PSNR, name="unmeasured")
+    with pytest.raises(RegistryError, match="no model 'absent'"):
+        promote(config, PSNR, name="absent")
+
+
+def test_signature_states_the_avatars_shapes(config, registered, tmp_path):
+    download_model("models:/packaged@challenger", tmp_path, config)
+    from mlflow.models import Model
+
+    model = Model.load(next(tmp_path.rglob("MLmodel")).parent)
+    inputs = {spec.name: (spec.shape, str(spec.type)) for spec in model.signature.inputs}
+    assert inputs["keypoints"] == ((-1, 2, 3), "float32")
+    assert inputs["hmc_images"] == ((-1, 1, 1, 12, 16), "uint8")
+    outputs = {spec.name: spec.shape for spec in model.signature.outputs}
+    assert outputs == {
+        "vertices": (-1, 4, 3),
+        "textures": (-1, 3, 32, 32),
+        "latent_mean": (-1, 4),
+        "latent_std": (-1, 4),
+    }
+    assert model.run_id == registered.run_id
+    assert json.dumps(model.metadata["signals"]) == '["hmc", "frontal", "keypoints"]'

@@ -1,0 +1,172 @@
+"""Inference-time fitting: it improves what it is asked to improve, frame by frame."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from lipflow.config import FitConfig
+from lipflow.errors import LipflowError
+from lipflow.fitting import GREY_OF_RGB, fit
+from lipflow.model.color import solve_gain_bias
+from lipflow.render.camera import project
+from lipflow.types import CameraTensors, DrivingSignals, map_tensors
+
+
+@pytest.fixture
+def frames(batch_of):
+    """Three frames that show noise."""
+    return batch_of(frames=3, seed=4)
+
+
+def observe(avatar, renderer, driving: DrivingSignals) -> torch.Tensor:
+    """Replace the signals by what they show of random latent codes ``(B, D)``, which are returned."""
+    frames = len(driving.keypoints)
+    truth = torch.randn(frames, avatar.config.latent_size, generator=torch.Generator().manual_seed(1))
+    frontal = map_tensors(driving.frontal_cameras, lambda tensor: tensor[:, None])
+    with torch.no_grad():
+        seen = avatar.decode(truth, driving.hmc_cameras.view_vectors())
+        grey = (seen.textures * torch.tensor(GREY_OF_RGB)[:, None, None]).sum(2, keepdim=True)
+        size = tuple(driving.hmc_images.shape[-2:])
+        driving.hmc_images = _as_image(renderer.render(seen.vertices, grey, driving.hmc_cameras, size).image)
+        seen = avatar.decode(truth, frontal.view_vectors())
+        size = tuple(driving.frontal_images.shape[-2:])
+        driving.frontal_images = _as_image(renderer.render(seen.vertices, seen.textures, frontal, size).image)[:, 0]
+        landmarks = seen.vertices[:, avatar.context.landmark_vertices]
+        cameras = driving.frontal_cameras
+        driving.keypoints[..., :2] = project(landmarks, cameras.intrinsics, cameras.cam_from_head)[0]
+    return truth
+
+
+def _as_image(image: torch.Tensor) -> torch.Tensor:
+    return image.round().clamp(0, 255).to(torch.uint8)
+
+
+def select(driving: DrivingSignals, rows: slice) -> DrivingSignals:
+    return map_tensors(driving, lambda tensor: tensor[rows])
+
+
+@pytest.mark.parametrize("method", ["dam", "conditional", "lipflow"])
+@pytest.mark.parametrize("signal", ["hmc", "frontal", "keypoints"])
+def test_fit_lowers_the_objective_of_every_frame(make_avatar, renderer, frames, method, signal):
+    avatar = make_avatar(method=method)
+    observe(avatar, renderer, frames.driving)
+    result = fit(avatar, renderer, frames.driving, signal, FitConfig(iterations=10, prior_weight=0.01))
+    assert result.trace.shape == result.observed_trace.shape == (11, 3)
+    assert (result.objective < result.trace[0]).all()
+    assert torch.equal(result.objective, result.trace.min(0).values)
+    assert result.z.shape == result.start.shape == (3, 6)
+    assert (result.z != result.start).any(-1).all()
+    assert result.seconds > 0
+    assert not result.z.requires_grad
+    assert all(parameter.grad is None for parameter in avatar.parameters())
+
+
+@pytest.mark.parametrize("signal", ["hmc", "frontal", "keypoints"])
+def test_a_frame_fits_the_same_alone_as_among_others(make_avatar, renderer, frames, signal):
+    avatar = make_avatar()
+    config = FitConfig(iterations=5)
+    together = fit(avatar, renderer, frames.driving, signal, config)
+    alone = fit(avatar, renderer, select(frames.driving, slice(1, 2)), signal, config)
+    # Batched matrix products round differently; measured worst case 2e-6.
+    torch.testing.assert_close(together.z[1:2], alone.z, atol=1e-4, rtol=0)
+    torch.testing.assert_close(together.trace[:, 1:2], alone.trace, atol=1e-4, rtol=1e-4)
+
+
+def test_fit_starts_at_the_prior_mean_through_the_flow_and_dam_at_zero(make_avatar, renderer, frames):
+    avatar = make_avatar()
+    config = FitConfig(iterations=0)
+    result = fit(avatar, renderer, frames.driving, "hmc", config)
+    torch.testing.assert_close(result.z, avatar.start(avatar.prior("hmc", frames.driving)).detach())
+    assert torch.equal(result.z, result.start)
+    dam = fit(make_avatar(method="dam"), renderer, frames.driving, "hmc", config)
+    assert not dam.start.any()
+
+
+def test_without_observation_weight_of_its_own_the_prior_keeps_z_at_its_mode(make_avatar, renderer, frames):
+    """A frame whose keypoints are all unseen stays where N(0, I) has its mode."""
+    frames.driving.keypoints[0, :, 2] = 0
+    result = fit(make_avatar(method="conditional"), renderer, frames.driving, "keypoints", FitConfig(iterations=5))
+    assert result.z[0].abs().max() < 1e-6
+    assert (result.observed_trace[:, 0] == 0).all()
+
+
+def test_keypoint_fit_finds_the_landmarks_of_a_known_code(make_avatar, renderer, frames):
+    avatar = make_avatar(method="dam")
+    observe(avatar, renderer, frames.driving)
+    config = FitConfig(iterations=150, learning_rate=0.05, prior_weight=0.0)
+    result = fit(avatar, renderer, frames.driving, "keypoints", config)
+    assert (result.objective < 0.02 * result.trace[0]).all()
+
+
+def test_an_outlying_landmark_pulls_less_than_its_square(make_avatar, renderer, frames):
+    """At most cutoff^2 for each landmark, however far it lies."""
+    frames.driving.keypoints[..., :2] += 1e5
+    config = FitConfig(iterations=0, keypoint_cutoff=3.0)
+    observed = fit(make_avatar(), renderer, frames.driving, "keypoints", config).observed_trace
+    torch.testing.assert_close(observed, torch.full((1, 3), 9.0), atol=1e-3, rtol=0)
+
+
+def test_headset_observation_ignores_each_views_gain_and_bias(make_avatar, renderer, frames):
+    avatar = make_avatar(method="dam")
+    driving = frames.driving
+    dimmed = dataclasses.replace(driving, hmc_images=(driving.hmc_images / 2 + 30).to(torch.uint8))
+    config = FitConfig(iterations=0)
+    first = fit(avatar, renderer, driving, "hmc", config).observed_trace
+    second = fit(avatar, renderer, dimmed, "hmc", config).observed_trace
+    # Halving the contrast of the target halves its best residual; a quarter of its square, up to rounding to uint8.
+    torch.testing.assert_close(second, first / 4, atol=0, rtol=0.01)
+
+
+def test_holding_the_best_colours_fixed_leaves_the_gradient_exact():
+    """The envelope theorem, which the headset fit relies on."""
+    generator = torch.Generator().manual_seed(0)
+    predicted = torch.rand(1, 6, 6, generator=generator, dtype=torch.float64, requires_grad=True)
+    target = torch.rand(1, 6, 6, generator=generator, dtype=torch.float64)
+    weight = torch.rand(6, 6, generator=generator, dtype=torch.float64)
+
+    def gradient(source: torch.Tensor) -> torch.Tensor:
+        gain, bias = solve_gain_bias(source, target, weight)
+        error = gain[:, None, None] * predicted + bias[:, None, None] - target
+        return torch.autograd.grad((weight * error.square()).sum(), predicted)[0]
+
+    torch.testing.assert_close(gradient(predicted), gradient(predicted.detach()), atol=1e-12, rtol=0)
+
+
+def test_frontal_observation_uses_the_cameras_learned_colours_or_solves_for_them(make_avatar, renderer, frames):
+    """cam-b is the anchor: learned colours. As a stranger, its colours are solved for, so the error is smaller."""
+    avatar = make_avatar(method="dam")
+    config = FitConfig(iterations=0)
+    learned = fit(avatar, renderer, frames.driving, "frontal", config).observed_trace
+    avatar.context = dataclasses.replace(avatar.context, frontal_camera_id="cam-a")
+    solved = fit(avatar, renderer, frames.driving, "frontal", config).observed_trace
+    assert (solved < learned).all()
+
+
+def test_several_signals_are_fitted_at_once(make_avatar, renderer, frames):
+    avatar = make_avatar()
+    observe(avatar, renderer, frames.driving)
+    config = FitConfig(iterations=10, prior_weight=0.01)
+    both = fit(avatar, renderer, frames.driving, ("frontal", "keypoints"), config)
+    torch.testing.assert_close(
+        both.start, avatar.start(avatar.fused_prior(("frontal", "keypoints"), frames.driving))
+    )
+    assert (both.objective < both.trace[0]).all()
+
+
+def test_fit_takes_another_start(make_avatar, renderer, frames):
+    start = torch.full((3, 6), 0.5)
+    result = fit(make_avatar(), renderer, frames.driving, "hmc", FitConfig(iterations=0), start=start)
+    assert torch.equal(result.z, start)
+
+
+def test_missing_signals_and_bad_numbers_are_refused(make_avatar, renderer, frames):
+    avatar = make_avatar()
+    with pytest.raises(LipflowError, match="no hmc signal"):
+        fit(avatar, renderer, DrivingSignals(), "hmc", FitConfig())
+    with pytest.raises(LipflowError, match="name at least one"):
+        fit(avatar, renderer, frames.driving, (), FitConfig())
+    cameras = frames.driving.frontal_cameras
+    frames.driving.frontal_cameras = CameraTensors(cameras.intrinsics * torch.nan, cameras.cam_from_head)
+    with pytest.raises(LipflowError, match=r"frames \[0, 1, 2\]"):
+        fit(make_avatar(method="dam"), renderer, frames.driving, "keypoints", FitConfig())
