@@ -47,6 +47,8 @@ class TrainRecipe(StrictConfig):
         loader: batches of one worker.
         steps: optimiser steps; a step sees ``workers x frames_per_batch x views_per_frame`` views.
         learning_rate: Adam's, after ``warmup_steps`` of linear warm-up, then cosine decay to a twentieth.
+        color_learning_rate_factor: how much faster the cameras' gains and biases are learned: they have few
+            parameters and a long way to go.
         gradient_clip_norm: largest global gradient norm.
         validation_frames: frames of the validation split on which checkpoints are compared.
         validation_cameras: training cameras on which they are compared, evenly spread.
@@ -63,6 +65,7 @@ class TrainRecipe(StrictConfig):
     steps: int = Field(2000, gt=0)
     learning_rate: float = Field(1e-3, gt=0)
     warmup_steps: int = Field(50, ge=0)
+    color_learning_rate_factor: float = Field(10.0, gt=0)
     gradient_clip_norm: float = Field(1.0, gt=0)
     checkpoint_every_steps: int = Field(200, gt=0)
     log_every_steps: int = Field(10, gt=0)
@@ -107,6 +110,17 @@ def avatar_for(shards: ShardSet, config: AvatarConfig) -> Avatar:
         keypoint_names=tuple(shards.keypoint_names),
     )
     return Avatar(config, context)
+
+
+def parameter_groups(avatar: Avatar, recipe: TrainRecipe) -> list[dict[str, Any]]:
+    """Adam's two groups: colour correction, and everything else."""
+    color = list(avatar.color.parameters())
+    rest = [parameter for name, parameter in avatar.named_parameters() if not name.startswith("color.")]
+    rates = (recipe.learning_rate, recipe.learning_rate * recipe.color_learning_rate_factor)
+    return [
+        {"params": parameters, "lr": rate, "base_lr": rate}
+        for parameters, rate in zip((rest, color), rates, strict=True)
+    ]
 
 
 def learning_rate_factor(step: int, recipe: TrainRecipe) -> float:
@@ -172,7 +186,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     model = ray.train.torch.prepare_model(
         Objective(avatar, renderer, recipe.loss), parallel_strategy_kwargs={"find_unused_parameters": True}
     )
-    optimizer = torch.optim.Adam(avatar.parameters(), lr=recipe.learning_rate)
+    optimizer = torch.optim.Adam(parameter_groups(avatar, recipe))
     step = _restore(avatar, optimizer)
     if rank == 0:
         settings["board"].started.remote(step)
@@ -193,7 +207,7 @@ def train_worker(settings: dict[str, Any]) -> None:
             waited_s += time.perf_counter() - asked
             generator.manual_seed(seed_of(recipe.seed, step, rank))
             for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate * learning_rate_factor(step, recipe)
+                group["lr"] = group["base_lr"] * learning_rate_factor(step, recipe)
             losses: LossTerms = model(batch, generator)
             optimizer.zero_grad(set_to_none=True)
             losses.total.backward()

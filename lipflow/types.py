@@ -58,7 +58,7 @@ class Camera:
         scale_y = image_size_hw[0] / self.image_size_hw[0]
         scale_x = image_size_hw[1] / self.image_size_hw[1]
         scale = np.diag([scale_x, scale_y, 1.0])
-        return replace(self, intrinsics=scale @ self.intrinsics, image_size_hw=tuple(image_size_hw))
+        return replace(self, intrinsics=scale @ self.intrinsics, image_size_hw=(image_size_hw[0], image_size_hw[1]))
 
 
 @dataclass(frozen=True)
