@@ -24,9 +24,18 @@ import pyarrow.fs
 import ray
 import typer
 import yaml
-from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig
+from ray.train import (
+    CheckpointConfig,
+    ControllerError,
+    FailureConfig,
+    Result,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+    UserCallback,
+    WorkerGroupError,
+)
 from ray.train.torch import TorchTrainer
-from ray.train.v2.api.exceptions import TrainingFailedError
 
 from cluster import command
 from cluster.command import JsonOption, RecipeOption, SetOption
@@ -36,7 +45,7 @@ from cluster.run import Run
 from cluster.runtime import progress_bar, ray_cluster, unwrapped
 from cluster.tracking import initialise, tracked_run
 from cluster.training_loop import AVATAR_FOLDER, TrainRecipe, train_worker
-from lipflow.errors import ConfigError
+from lipflow.errors import ConfigError, LipflowError
 from pipeline import storage
 from pipeline.loader import ShardSet
 
@@ -100,6 +109,20 @@ class ProgressBoard:
     def read(self) -> tuple[int, str, int | None]:
         """(steps done, note, first step of this submission)."""
         return self._step, self._note, self._first_step
+
+
+class FailAtOnce(UserCallback):
+    """Ends a training whose workers raised an error of ours: the same one would come again after every restart.
+
+    It runs in Ray Train's controller, which never repeats after an error of its own. Lost workers and errors that
+    are not ours are left to ``max_failures``.
+    """
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Raise the first error of ours, if there is one."""
+        for error in map(_raised_by_worker, worker_exceptions.values()):
+            if isinstance(error, LipflowError):
+                raise error
 
 
 def train(shards_uri: str, out_uri: str, recipe: TrainRecipe) -> TrainSummary:
@@ -185,6 +208,7 @@ def _fit(out_uri: str, recipe: TrainRecipe, settings: dict[str, Any], board: Any
             storage_path=storage_path,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=recipe.max_failures),
+            callbacks=[FailAtOnce()],
             checkpoint_config=CheckpointConfig(
                 num_to_keep=2, checkpoint_score_attribute="val_loss", checkpoint_score_order="min"
             ),
@@ -213,9 +237,17 @@ def _fit(out_uri: str, recipe: TrainRecipe, settings: dict[str, Any], board: Any
 
 
 def _worker_error(error: TrainingFailedError) -> BaseException:
-    """The first worker's error, where one is inside."""
-    failures = getattr(error, "worker_failures", {})
-    return next(iter(failures.values()), error)
+    """What ended the training: the error that :class:`FailAtOnce` raised, or the first worker's, or ``error``."""
+    if isinstance(error, ControllerError):
+        return error.controller_failure
+    if isinstance(error, WorkerGroupError):
+        return next(map(_raised_by_worker, error.worker_failures.values()), error)
+    return error
+
+
+def _raised_by_worker(error: BaseException) -> BaseException:
+    """What the training function raised; Ray Train offers no public way out of its wrapper."""
+    return getattr(error, "_base_exc", error)
 
 
 def _register(folder: Path, run: Run, recipe: TrainRecipe, shards: ShardSet) -> str | None:

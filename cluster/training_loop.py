@@ -36,6 +36,8 @@ from pipeline.splits import spread
 
 OPTIMIZER_FILE = "optimizer.pt"
 AVATAR_FOLDER = "avatar"
+STATISTICS_FRAMES = 64
+"""Training frames over which the driving images' statistics are taken."""
 
 
 class TrainRecipe(StrictConfig):
@@ -188,6 +190,8 @@ def train_worker(settings: dict[str, Any]) -> None:
     )
     optimizer = torch.optim.Adam(parameter_groups(avatar, recipe))
     step = _restore(avatar, optimizer)
+    if step == 0:
+        _measure_driving(avatar, shards)
     if rank == 0:
         settings["board"].started.remote(step)
 
@@ -233,6 +237,12 @@ def train_worker(settings: dict[str, Any]) -> None:
                     run.log_metrics({"val/loss": loss}, step)
                 _report(avatar, optimizer, step, loss, rank)
                 began = time.perf_counter()
+
+
+def _measure_driving(avatar: Avatar, shards: ShardSet) -> None:
+    """The statistics of the driving images, over the same training frames on every rank."""
+    frame_ids = spread(shards.frame_ids("train"), STATISTICS_FRAMES)
+    avatar.measure_driving(shards.frames(frame_ids, shards.train_camera_ids[:1]).driving)
 
 
 def _restore(avatar: Avatar, optimizer: torch.optim.Optimizer) -> int:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import secrets
 import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 
@@ -32,15 +37,25 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _wait_until_open(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
-    for _ in range(200):
+def _free_port_for_ray() -> int:
+    """One outside 10002..19999, from which Ray serves its workers."""
+    for _ in range(100):
+        port = _free_port()
+        if not 10002 <= port <= 19999:
+            return port
+    raise RuntimeError("no free port outside 10002..19999")
+
+
+def _wait_until_open(port: int, process: subprocess.Popen[bytes], log: Path, seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
         if process.poll() is not None:
             break
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 return
         time.sleep(0.05)
-    raise RuntimeError(f"rclone serve s3 did not start: {log.read_text()}")
+    raise RuntimeError(f"{process.args} did not start: {log.read_text()}")
 
 
 @pytest.fixture(scope="session")
@@ -75,3 +90,74 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         patch.undo()
         process.terminate()
         process.wait(timeout=10)
+
+
+@dataclass(frozen=True)
+class RayHead:
+    """A running Ray cluster with token authentication, on loopback.
+
+    Attributes:
+        address: for ``RAY_ADDRESS`` and ``ray.init``.
+        dashboard: for ``ray job submit --address``.
+        client_environment: the variables that a client needs.
+    """
+
+    address: str
+    dashboard: str
+    client_environment: dict[str, str]
+
+
+def _stop_process_group(process: subprocess.Popen[bytes]) -> None:
+    """End a process that was started as a group of its own, and all that it started."""
+    children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+    process.terminate()
+    _, alive = psutil.wait_procs([psutil.Process(process.pid), *children] if children else [], timeout=15)
+    for survivor in alive:
+        survivor.kill()
+    process.wait(timeout=15)
+
+
+@pytest.fixture(scope="session")
+def ray_head(tmp_path_factory: pytest.TempPathFactory, s3_server: S3Server) -> Iterator[RayHead]:
+    """``ray start --head`` with token authentication and two CPUs; its workers reach the S3 server."""
+    ray_command = str(Path(sys.executable).parent / "ray")
+    root = tmp_path_factory.mktemp("ray")
+    token = root / "token"
+    token.write_text(secrets.token_hex(32))
+    token.chmod(0o600)
+    client = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    environment = os.environ | client | {"OMP_NUM_THREADS": "1", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
+    port, dashboard_port = _free_port_for_ray(), _free_port_for_ray()
+    command = [ray_command, "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}"]
+    command += ["--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}"]
+    command += ["--num-cpus=2", f"--object-store-memory={256 * 2**20}", "--disable-usage-stats"]
+    # Unix sockets have short names; pytest's folders are too deep for them.
+    temporary = tempfile.mkdtemp(prefix="lf-ray-")
+    command += [f"--temp-dir={temporary}"]
+    log = root / "ray.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=output, env=environment, cwd=root, start_new_session=True
+        )
+    try:
+        _wait_until_open(dashboard_port, process, log, seconds=60)
+        yield RayHead(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard_port}", client)
+    finally:
+        _stop_process_group(process)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def ray_session(ray_head: RayHead) -> Iterator[RayHead]:
+    """This process as a driver of that cluster, so that jobs called as functions share it."""
+    import ray
+
+    patch = pytest.MonkeyPatch()
+    for name, value in ray_head.client_environment.items():
+        patch.setenv(name, value)
+    ray.init(address=ray_head.address, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        yield ray_head
+    finally:
+        ray.shutdown()
+        patch.undo()

@@ -13,7 +13,7 @@ from lipflow.errors import ConfigError, LipflowError
 from lipflow.model.color import ColorCorrection
 from lipflow.model.context import AvatarContext
 from lipflow.model.decoder import Decoder
-from lipflow.model.driving import build_driver, signal_present
+from lipflow.model.driving import FrontalDriver, HeadsetDriver, build_driver, signal_present
 from lipflow.model.encoder import Encoder
 from lipflow.model.flow import IdentityFlow, LatentFlow
 from lipflow.model.gaussian import DiagonalGaussian, product_of_gaussians
@@ -124,6 +124,18 @@ class Avatar(nn.Module):
     def correct_color(self, textures: Tensor, camera_index: Tensor) -> Tensor:
         """Decoded textures ``(B, K, 3, T, T)`` as cameras ``(B, K)`` see them; untrained ones change nothing."""
         return self.color(textures, camera_index)
+
+    @torch.no_grad()
+    def measure_driving(self, driving: DrivingSignals) -> None:
+        """Normalise headset and frontal images by the statistics of these training frames.
+
+        To be called once, before training and with the same frames on every worker; the statistics are saved with
+        the weights.
+        """
+        for signal in self.signals:
+            driver = self.drivers[signal]
+            if isinstance(driver, HeadsetDriver | FrontalDriver) and signal in driving.available():
+                driver.measure(driving)
 
     def prior(
         self, signal: str, driving: DrivingSignals, generator: torch.Generator | None = None

@@ -26,7 +26,7 @@ LOG_STD_RANGE = (-6.0, 3.0)
 """Of every driven prior."""
 
 _IMAGE_CENTRE, _IMAGE_SPREAD = 127.5, 64.0
-"""Fixed constants that bring headset and frontal images (0..255) to about zero mean and unit spread."""
+"""How headset and frontal images (0..255) are normalised until their statistics are measured."""
 
 
 @dataclass
@@ -100,6 +100,37 @@ def build_driver(signal: str, config: AvatarConfig, context: AvatarContext) -> n
     return KeypointDriver(config, context)
 
 
+class _ImageNormalizer(nn.Module):
+    """Brings images of C fixed cameras to the driver's size, zero mean and unit spread.
+
+    What changes from frame to frame is a small part of such an image: without its mean, which is the same in all of
+    them, a driver learns in a fraction of the steps. The statistics are buffers, saved with the weights.
+    """
+
+    mean: Tensor
+    spread: Tensor
+
+    def __init__(self, cameras: int, channels: int, size: int):
+        super().__init__()
+        self.size = size
+        self.register_buffer("mean", torch.full((cameras, channels, size, size), _IMAGE_CENTRE))
+        self.register_buffer("spread", torch.tensor(_IMAGE_SPREAD))
+
+    def measure(self, views: SeenViews) -> None:
+        """Take the statistics of the present images: a mean image for each camera, one spread for all."""
+        images = _resized(views.images, self.size)
+        present = views.present[..., None, None, None].to(images.dtype)
+        count = present.sum(0)
+        mean = (images * present).sum(0) / count.clamp(min=1)
+        self.mean.copy_(torch.where(count > 0, mean, _IMAGE_CENTRE))
+        squares = ((images - self.mean) * present).square().sum() / (present.sum() * self.mean[0].numel()).clamp(min=1)
+        self.spread.copy_(squares.sqrt().clamp(min=1.0))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``(B, C, channels, h, w)`` uint8 to ``(B, C, channels, size, size)``."""
+        return (_resized(images, self.size) - self.mean) / self.spread
+
+
 class _GaussianHead(nn.Module):
     """Two layers to mean and clamped log standard deviation."""
 
@@ -122,9 +153,9 @@ class HeadsetDriver(nn.Module):
     def __init__(self, config: AvatarConfig, num_cameras: int):
         super().__init__()
         hidden = config.driver_hidden_size
-        self.size = config.driver_image_size
         self.dropout = config.driver_dropout
-        self.tower = DownTower(1, self.size, config.driver_channels)
+        self.normalize = _ImageNormalizer(num_cameras, 1, config.driver_image_size)
+        self.tower = DownTower(1, config.driver_image_size, config.driver_channels)
         self.view_fc = NormLinear(self.tower.outputs, hidden)
         self.camera_embedding = nn.Parameter(torch.empty(num_cameras, hidden).normal_(0, 0.1))
         self.camera_fc = NormLinear(hidden, hidden)
@@ -133,7 +164,7 @@ class HeadsetDriver(nn.Module):
     def forward(self, driving: DrivingSignals, generator: torch.Generator | None) -> DiagonalGaussian:
         """P(y | h), ``(B, D)``; with a generator, views are hidden at random."""
         views = headset_views(driving)
-        feature = self.tower(_resized(views.images.flatten(0, 1), self.size))
+        feature = self.tower(self.normalize(views.images).flatten(0, 1))
         feature = self.view_fc(feature).unflatten(0, views.present.shape) + self.camera_embedding
         feature = leaky(self.camera_fc(leaky(feature)))
         mask = _drop(views.present, self.dropout, generator)[..., None]
@@ -141,20 +172,28 @@ class HeadsetDriver(nn.Module):
         feature = torch.where(mask, feature, 0.0).sum(1) / mask.sum(1).clamp(min=1)
         return self.head(feature)
 
+    def measure(self, driving: DrivingSignals) -> None:
+        """Take the statistics of the headset images; see :meth:`lipflow.model.avatar.Avatar.measure_driving`."""
+        self.normalize.measure(headset_views(driving))
+
 
 class FrontalDriver(nn.Module):
     """One frontal colour image through a convolution tower."""
 
     def __init__(self, config: AvatarConfig):
         super().__init__()
-        self.size = config.driver_image_size
-        self.tower = DownTower(3, self.size, config.driver_channels)
+        self.normalize = _ImageNormalizer(1, 3, config.driver_image_size)
+        self.tower = DownTower(3, config.driver_image_size, config.driver_channels)
         self.head = _GaussianHead(self.tower.outputs, config)
 
     def forward(self, driving: DrivingSignals, generator: torch.Generator | None) -> DiagonalGaussian:
         """P(y | h), ``(B, D)``."""
         del generator  # nothing to hide: without its only image the signal is absent
-        return self.head(self.tower(_resized(frontal_view(driving).images[:, 0], self.size)))
+        return self.head(self.tower(self.normalize(frontal_view(driving).images)[:, 0]))
+
+    def measure(self, driving: DrivingSignals) -> None:
+        """Take the statistics of the frontal images; see :meth:`lipflow.model.avatar.Avatar.measure_driving`."""
+        self.normalize.measure(frontal_view(driving))
 
 
 class KeypointDriver(nn.Module):
@@ -218,10 +257,13 @@ def _mm_per_pixel(intrinsics: Tensor, depth: Tensor) -> Tensor:
 
 
 def _resized(images: Tensor, size: int) -> Tensor:
-    normalized = (images.float() - _IMAGE_CENTRE) / _IMAGE_SPREAD
+    """``(B, C, channels, h, w)`` to float ``(B, C, channels, size, size)``, 0..255."""
     if images.shape[-2:] == (size, size):
-        return normalized
-    return F.interpolate(normalized, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+        return images.float()
+    flat = F.interpolate(
+        images.flatten(0, 1).float(), size=(size, size), mode="bilinear", antialias=True, align_corners=False
+    )
+    return flat.unflatten(0, images.shape[:2])
 
 
 def _drop(present: Tensor, probability: float, generator: torch.Generator | None) -> Tensor:
