@@ -1,8 +1,8 @@
 """The differentiable renderer: visibility by rasterisation, everything else by torch's autograd.
 
-Visibility (which triangle a pixel sees) is found once, without gradients. Barycentric weights are then computed
-again in torch from the camera-space corners of the visible triangles, so that gradients reach vertices, cameras
-and texture through the interior of the image. Silhouettes carry no gradient.
+Visibility (which triangle a pixel sees) is found once, without gradients. Texture coordinates are then interpolated
+from the camera-space corners of the visible triangles (:mod:`lipflow.render.interpolate`), so that gradients reach
+vertices, cameras and texture through the interior of the image. Silhouettes carry no gradient.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from lipflow.render import cpu
 from lipflow.render.camera import transform_points
+from lipflow.render.interpolate import interpolate_cpu, interpolate_torch
 from lipflow.types import CameraTensors, Topology
 
 
@@ -79,21 +80,12 @@ class Renderer:
                 f"vertices {tuple(vertices.shape)}, texture {tuple(texture.shape)} and cameras "
                 f"{tuple(cameras.intrinsics.shape)} disagree: expected (B, V, 3), (B, K|1, C, T, T), (B, K, 3, 3)"
             )
-        height, width = image_size_hw
         corners = transform_points(vertices[:, None], cameras.cam_from_head).flatten(0, 1)
         intrinsics = cameras.intrinsics.flatten(0, 1)
         triangle_id = self._visibility(corners, intrinsics, image_size_hw)
         mask = triangle_id >= 0
-        view_index, row, column = torch.nonzero(mask, as_tuple=True)
-        triangle = triangle_id[view_index, row, column].long()
-
-        barycentric, depth = _barycentric_along_rays(
-            corners[view_index[:, None], self.faces[triangle]], intrinsics[view_index], row, column
-        )
-        seen_uv = (barycentric[..., None] * self.face_uvs[triangle]).sum(1)
-        shape = (frames * views, height, width)
-        uv = seen_uv.new_zeros(*shape, 2).index_put((view_index, row, column), seen_uv)
-        depth_map = depth.new_zeros(shape).index_put((view_index, row, column), depth)
+        interpolate = interpolate_cpu if corners.device.type == "cpu" else interpolate_torch
+        uv, depth = interpolate(corners, intrinsics, triangle_id, self.faces, self.face_uvs)
 
         texture = texture.expand(-1, views, -1, -1, -1).flatten(0, 1)
         image = sample_texture(texture, uv) * mask[:, None]
@@ -103,7 +95,7 @@ class Renderer:
         def unflatten(tensor: Tensor) -> Tensor:
             return tensor.unflatten(0, (frames, views))
 
-        return RenderOutput(*map(unflatten, (image, mask, weight, depth_map, triangle_id, uv)))
+        return RenderOutput(*map(unflatten, (image, mask, weight, depth, triangle_id, uv)))
 
     def _visibility(self, corners: Tensor, intrinsics: Tensor, image_size_hw: tuple[int, int]) -> Tensor:
         ids, _ = cpu.rasterize(
@@ -113,35 +105,6 @@ class Renderer:
             image_size_hw,
         )
         return torch.from_numpy(ids).to(corners.device)
-
-
-def _barycentric_along_rays(
-    triangle_corners: Tensor, intrinsics: Tensor, row: Tensor, column: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Perspective-correct barycentric weights ``(N, 3)`` and depths ``(N,)`` where pixel rays meet triangles.
-
-    Args:
-        triangle_corners: ``(N, 3 corners, 3)`` camera space.
-        intrinsics: ``(N, 3, 3)``.
-        row: ``(N,)`` pixel rows.
-        column: ``(N,)`` pixel columns.
-    """
-    ray_y = (row + 0.5 - intrinsics[:, 1, 2]) / intrinsics[:, 1, 1]
-    ray_x = (column + 0.5 - intrinsics[:, 0, 2] - intrinsics[:, 0, 1] * ray_y) / intrinsics[:, 0, 0]
-    ray = torch.stack([ray_x, ray_y, torch.ones_like(ray_x)], dim=-1)
-    a, b, c = triangle_corners.unbind(1)
-    # Corners relative to a point on the ray: differences of nearby vectors keep float32 accurate, where the
-    # products of full camera-space positions (a metre away) would cancel.
-    on_ray = ray * a[:, 2:].detach()
-    a, b, c = a - on_ray, b - on_ray, c - on_ray
-    edges = torch.stack([_along(ray, b, c), _along(ray, c, a), _along(ray, a, b)], dim=1)
-    weights = edges / edges.sum(1, keepdim=True)
-    depth = (weights * triangle_corners[..., 2]).sum(1)
-    return weights, depth
-
-
-def _along(ray: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    return (ray * torch.linalg.cross(first, second)).sum(-1)
 
 
 def sample_texture(texture: Tensor, uv: Tensor) -> Tensor:

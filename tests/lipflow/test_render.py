@@ -6,6 +6,7 @@ import torch
 
 from lipflow.render import cpu
 from lipflow.render.camera import cam_from_head_tensor, compose, project
+from lipflow.render.interpolate import interpolate_cpu, interpolate_torch
 from lipflow.render.renderer import Renderer
 from lipflow.types import CameraTensors, Topology
 
@@ -156,3 +157,28 @@ def test_disagreeing_leading_dimensions_are_refused():
         renderer.render(
             tilted_quad()[None].expand(2, -1, -1), torch.zeros(1, 1, 1, 8, 8), camera_at_origin(), (8, 8)
         )
+
+
+def test_fused_interpolation_equals_its_torch_twin_in_values_and_gradients():
+    generator = torch.Generator().manual_seed(0)
+    faces = torch.tensor([[0, 2, 1], [0, 3, 2], [4, 6, 5]])
+    corners = torch.stack([tilted_quad(torch.float64), tilted_quad(torch.float64) + 3.0])
+    extra = torch.tensor([[-9.0, -8, 70], [14, -6, 75], [2, 11, 60]], dtype=torch.float64)
+    corners = torch.cat([corners, extra.expand(2, -1, -1)], 1)
+    intrinsics = camera_at_origin(dtype=torch.float64).intrinsics[0].repeat(2, 1, 1)
+    intrinsics[1, 0, 1] = 0.7  # a skewed camera
+    face_uvs = torch.rand(3, 3, 2, generator=generator, dtype=torch.float64)
+    ids, _ = cpu.rasterize(corners.numpy(), faces.numpy(), intrinsics.numpy(), (32, 40))
+    triangle_id = torch.from_numpy(ids)
+    assert set(triangle_id.unique().tolist()) == {-1, 0, 1, 2}
+    weights = torch.randn(2, 32, 40, 3, generator=generator, dtype=torch.float64)
+
+    def run(interpolate):
+        leaves = [tensor.clone().requires_grad_() for tensor in (corners, intrinsics, face_uvs)]
+        uv, depth = interpolate(leaves[0], leaves[1], triangle_id, faces, leaves[2])
+        (torch.cat([uv, depth[..., None]], -1) * weights).sum().backward()
+        return [uv, depth, *(leaf.grad for leaf in leaves)]
+
+    for fused, plain in zip(run(interpolate_cpu), run(interpolate_torch), strict=True):
+        scale = plain.abs().max()
+        assert (fused - plain).abs().max() < 1e-11 * scale  # measured 2e-14
