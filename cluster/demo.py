@@ -34,6 +34,7 @@ from cluster.synth import synthesise
 from cluster.tracking import TrackingConfig, code_version, open_client, resolve_tracking_uri
 from cluster.train import TrainRecipe, TrainSummary, train
 from lipflow.config import AvatarConfig, FitConfig, LossConfig, StrictConfig
+from lipflow.errors import ConfigError
 from lipflow.types import DRIVING_SIGNALS
 from pipeline import storage
 from pipeline.captures.dome import DomeConfig
@@ -104,14 +105,14 @@ class DemoResult:
     Attributes:
         report: URI of the HTML page.
         headline: the table's rows.
-        champion: ``models:/`` URI of the model that was judged.
+        model: ``models:/`` URI of the model that was judged.
         promoted: whether it became the champion in this run.
         seconds: step -> wall-clock time.
     """
 
     report: str
     headline: tuple[HeadlineRow, ...]
-    champion: str
+    model: str
     promoted: bool
     seconds: dict[str, float]
 
@@ -147,9 +148,11 @@ def demo(out_uri: str, recipe: DemoRecipe) -> DemoResult:
                     settings,
                     parent_run=summary.run_id,
                 )
-        champion = trained["lipflow"].model
+        candidate = trained["lipflow"].model
+        if candidate is None:
+            raise ConfigError("lipflow.register_as is null: the demo promotes a registered model; name one")
         with clock.measure("promote"):
-            decision = promote_model(champion, PromoteRecipe(tracking=tracking))
+            decision = promote_model(candidate, PromoteRecipe(tracking=tracking))
     headline = tuple(_headline(evaluations))
     report_uri = storage.join(out_uri, "report.html")
     content = ReportContent(
@@ -175,7 +178,7 @@ def demo(out_uri: str, recipe: DemoRecipe) -> DemoResult:
             },
             "Runs": {f"{name} training": summary.run_id for name, summary in trained.items()}
             | {f"{name} evaluation": evaluation.run_id for name, evaluation in evaluations.items()}
-            | {"registered model": champion, "promotion": decision.reason},
+            | {"registered model": candidate, "promotion": decision.reason},
             "Durations": {name: f"{seconds:.0f} s" for name, seconds in clock.seconds.items()},
             "Environment": {
                 "code": code_version(),
@@ -188,7 +191,7 @@ def demo(out_uri: str, recipe: DemoRecipe) -> DemoResult:
         config=recipe.model_dump(mode="json"),
     )
     render_report(report_uri, content)
-    return DemoResult(report_uri, headline, champion, decision.promoted, clock.seconds)
+    return DemoResult(report_uri, headline, candidate, decision.promoted, clock.seconds)
 
 
 _READING = (
@@ -359,7 +362,7 @@ def demo_command(
     command.emit(
         document | {"headline": [asdict(row) for row in result.headline]},
         as_json,
-        f"report: {result.report}\nmodel:  {result.champion} "
+        f"report: {result.report}\nmodel:  {result.model} "
         f"({'the new champion' if result.promoted else 'not better than the champion'})\n"
         f"time:   {sum(result.seconds.values()):.0f} s",
     )

@@ -291,4 +291,5 @@ def _color_tensors(colors: ColorTable, camera_ids: Sequence[str]) -> tuple[Tenso
 
 
 def _image_size(batch: FrameBatch) -> tuple[int, int]:
-    return tuple(batch.images.shape[-2:])
+    height, width = batch.images.shape[-2:]
+    return height, width

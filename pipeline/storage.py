@@ -20,6 +20,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TypeVar
 
+from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
+
 from lipflow.errors import StorageError
 from pipeline.storage_errors import explain
 from pipeline.storage_s3 import ShortBodyError, open_upload, retrying, s3_filesystem
@@ -286,6 +289,16 @@ def download_dir(uri: str | Path, target: str | Path) -> None:
             download_dir(join(uri, name), root / name.rstrip("/"))
         else:
             download(join(uri, name), root / name)
+
+
+def filesystem(uri: str | Path) -> tuple[AbstractFileSystem, str]:
+    """The fsspec filesystem behind ``uri`` and the path in it, for libraries that do their own I/O through fsspec.
+
+    It holds no credentials of its own: wherever it is unpickled, it takes them from that process's environment.
+    """
+    if is_local(uri):
+        return LocalFileSystem(), str(local_path(uri))
+    return s3_filesystem(), _s3_path(uri)
 
 
 def check_writable(uri: str | Path) -> None:

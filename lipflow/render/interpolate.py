@@ -67,7 +67,7 @@ class _Interpolate(torch.autograd.Function):
         shape = triangle_id.shape
         uv, depth = corners.new_zeros(*shape, 2), corners.new_zeros(shape)
         ctx.save_for_backward(corners, intrinsics, triangle_id, faces, face_uvs)
-        _forward(*_arrays(corners, intrinsics, triangle_id, faces, face_uvs), uv.numpy(), depth.numpy())
+        _forward(*_arrays(corners, intrinsics, triangle_id, faces, face_uvs, uv, depth))
         return uv, depth
 
     @staticmethod
@@ -77,13 +77,8 @@ class _Interpolate(torch.autograd.Function):
         grad_corners = np.zeros(corners.shape)
         grad_intrinsics = np.zeros(intrinsics.shape)
         grad_face_uvs = np.zeros(face_uvs.shape)
-        _backward(
-            *_arrays(corners, intrinsics, triangle_id, faces, face_uvs),
-            *_arrays(grad_uv, grad_depth),
-            grad_corners,
-            grad_intrinsics,
-            grad_face_uvs,
-        )
+        inputs = _arrays(corners, intrinsics, triangle_id, faces, face_uvs, grad_uv, grad_depth)
+        _backward(*inputs, grad_corners, grad_intrinsics, grad_face_uvs)  # type: ignore[call-arg]
         return (
             torch.from_numpy(grad_corners).to(corners.dtype),
             torch.from_numpy(grad_intrinsics).to(intrinsics.dtype),

@@ -71,12 +71,12 @@ def check_photo(folder: str | Path) -> PhotoCheck:
     texture = torch.from_numpy(face.texture).permute(2, 0, 1).float()[None, None]
     out = Renderer(face.topology).render(vertices, texture, cameras, (height, width))
     target = torch.from_numpy(photo).permute(2, 0, 1).float()
-    image, mask = out.image[0, 0], out.mask[0, 0]
-    gain, bias = solve_gain_bias(image.double(), target.double(), mask.double())
-    image = (image * gain[:, None, None] + bias[:, None, None]).clamp(0, 255).float() * mask
+    raw, mask = out.image[0, 0], out.mask[0, 0]
+    gain, bias = solve_gain_bias(raw.double(), target.double(), mask.double())
+    rendering = (raw * gain[:, None, None] + bias[:, None, None]).clamp(0, 255).float() * mask
     return PhotoCheck(
-        psnr_db=psnr(masked_mse(image, target, mask)).item(),
+        psnr_db=psnr(masked_mse(rendering, target, mask)).item(),
         photo=photo,
-        rendering=image.round().byte().permute(1, 2, 0).numpy(),
+        rendering=rendering.round().byte().permute(1, 2, 0).numpy(),
         mask=mask.numpy(),
     )

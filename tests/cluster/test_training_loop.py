@@ -1,0 +1,85 @@
+"""The parts of the training loop that are pure functions: rates, seeds, parameter groups, the order of batches."""
+
+from __future__ import annotations
+
+from itertools import islice
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from cluster.training_loop import (
+    TrainRecipe,
+    batches_from,
+    learning_rate_factor,
+    parameter_groups,
+    seed_of,
+)
+
+RECIPE = TrainRecipe(steps=100, warmup_steps=10, learning_rate=1e-3, color_learning_rate_factor=7.0)
+
+
+class FakeLoader:
+    """Batches named by (epoch, number), five an epoch."""
+
+    batches_per_epoch = 5
+
+    def epoch(self, epoch: int, start_batch: int = 0):
+        return iter([(epoch, number) for number in range(start_batch, self.batches_per_epoch)])
+
+
+def test_learning_rate_warms_up_linearly_and_decays_to_a_twentieth():
+    factors = np.array([learning_rate_factor(step, RECIPE) for step in range(RECIPE.steps + 1)])
+    np.testing.assert_allclose(factors[:10], np.arange(1, 11) / 10)
+    assert factors[10] == 1.0
+    assert (np.diff(factors[10:]) < 0).all()
+    # The middle of the cosine, and its end.
+    np.testing.assert_allclose(factors[55], 0.05 + 0.95 / 2)
+    np.testing.assert_allclose(factors[100], 0.05)
+
+
+def test_learning_rate_without_warm_up_starts_full_and_never_leaves_its_range():
+    recipe = TrainRecipe(steps=3, warmup_steps=0)
+    assert learning_rate_factor(0, recipe) == 1.0
+    assert learning_rate_factor(10_000, recipe) == pytest.approx(0.05)
+    shorter_than_warm_up = TrainRecipe(steps=3, warmup_steps=50)
+    assert [learning_rate_factor(step, shorter_than_warm_up) for step in range(3)] == [0.02, 0.04, 0.06]
+
+
+def test_seeds_depend_on_every_part_and_on_their_order_and_fit_torch():
+    seeds = {seed_of(seed, step, rank) for seed in range(4) for step in range(50) for rank in range(4)}
+    assert len(seeds) == 4 * 50 * 4
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert seed_of(1, 2, 3) == seed_of(1, 2, 3) != seed_of(3, 2, 1)
+    torch.Generator().manual_seed(max(seeds))
+
+
+def test_parameter_groups_hold_every_parameter_once_and_colour_is_faster():
+    avatar = nn.Module()
+    avatar.color = nn.Linear(2, 3)
+    avatar.coloring_of_hair = nn.Linear(2, 2)
+    avatar.decoder = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    rest, color = parameter_groups(avatar, RECIPE)
+    assert {id(p) for p in color["params"]} == {id(p) for p in avatar.color.parameters()}
+    assert sorted(id(p) for p in [*rest["params"], *color["params"]]) == sorted(id(p) for p in avatar.parameters())
+    assert rest["lr"] == rest["base_lr"] == 1e-3
+    assert color["lr"] == color["base_lr"] == pytest.approx(7e-3)
+
+
+@pytest.mark.parametrize("step", [0, 1, 4, 5, 12])
+def test_batches_from_a_step_are_those_that_come_after_skipping_it(step: int):
+    everything = list(islice(batches_from(FakeLoader(), 0), 20))
+    assert everything[:7] == [(0, 0), (0, 1), (0, 2), (0, 3), (0, 4), (1, 0), (1, 1)]
+    assert list(islice(batches_from(FakeLoader(), step), 20 - step)) == everything[step:]
+
+
+def test_an_epoch_is_read_only_when_its_turn_comes():
+    opened = []
+    loader = SimpleNamespace(
+        batches_per_epoch=2, epoch=lambda epoch, start_batch: opened.append(epoch) or iter("ab")
+    )
+    batches = batches_from(loader, 0)
+    assert [next(batches), next(batches), opened] == ["a", "b", [0]]
+    assert [next(batches), opened] == ["a", [0, 1]]

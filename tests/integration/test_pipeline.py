@@ -1,0 +1,200 @@
+"""Synthesise, shard, train, evaluate, promote, on the session's Ray cluster and one MLflow store."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cluster.evaluate import EvaluateRecipe, Evaluation, evaluate
+from cluster.promote import PromoteRecipe, promote_model
+from cluster.promotion import PromotionDecision
+from cluster.registry import download_model, find_version
+from cluster.scoring import calibrate_colors
+from cluster.shard import ShardRecipe, shard
+from cluster.synth import synthesise
+from cluster.tracking import KIND_TAG, PARENT_RUN_TAG, SHARDS_DIGEST_TAG, load_table, open_client
+from cluster.train import TrainSummary, train
+from lipflow.checkpoint import load_avatar
+from lipflow.config import FitConfig
+from lipflow.render.renderer import Renderer
+from lipflow.types import DRIVING_SIGNALS
+from pipeline import storage
+from pipeline.loader import ShardSet
+
+# Raised inside MLflow, about its own use of SQLAlchemy and pandas.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy"),
+    pytest.mark.filterwarnings("ignore:For backward compatibility, 'str' dtypes"),
+]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What all jobs came to."""
+
+    out: Path
+    trained: TrainSummary
+    evaluation: Evaluation
+    decision: PromotionDecision
+
+
+@pytest.fixture(scope="module")
+def finished(shards, tiny_training, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    out = tmp_path_factory.mktemp("pipeline")
+    trained = train(shards.uri, str(out / "avatar"), tiny_training(shards.tracking))
+    evaluation = evaluate(
+        trained.model or "",
+        shards.uri,
+        str(out / "evaluation"),
+        EvaluateRecipe(fit=FitConfig(iterations=2), tracking=shards.tracking, picture_frames=1),
+        parent_run=trained.run_id,
+    )
+    decision = promote_model(trained.model or "", PromoteRecipe(tracking=shards.tracking))
+    return Finished(out, trained, evaluation, decision)
+
+
+def _modification_times(folder: str) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in storage.local_path(folder).rglob("*")}
+
+
+def test_synthesis_and_shards_have_what_was_planned(shards):
+    assert (shards.synth.segments, shards.synth.frames) == (4, 12)
+    # Seven dome cameras and the headset's.
+    assert shards.synth.views > 12 * shards.dome.cameras
+    assert sum(shards.summary.frames.values()) == 12
+    assert set(shards.summary.frames) == {"train", "val", "test"}
+    assert (shards.summary.cameras, len(shards.summary.held_out_cameras)) == (7, 2)
+    assert shards.summary.written
+
+
+def test_a_second_synthesis_and_a_second_sharding_write_nothing(shards):
+    before = _modification_times(shards.capture) | _modification_times(shards.uri)
+    again = synthesise(shards.capture, shards.dome)
+    assert again.views == 0
+    summary = shard(shards.capture, shards.uri, ShardRecipe(shard=shards.config, tracking=shards.tracking))
+    assert not summary.written
+    assert summary.digest == shards.summary.digest
+    assert _modification_times(shards.capture) | _modification_times(shards.uri) == before
+
+
+def test_every_job_is_a_finished_run_linked_to_what_it_grew_out_of(shards, finished: Finished):
+    client = open_client(shards.tracking)
+    experiment = client.get_experiment_by_name(shards.tracking.experiment)
+    runs = {run.data.tags[KIND_TAG]: run for run in client.search_runs([experiment.experiment_id])}
+    assert {"shard", "train", "evaluate", "promote"} <= set(runs)
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    assert {run.data.tags[SHARDS_DIGEST_TAG] for run in runs.values()} == {shards.summary.digest}
+    train_id = finished.trained.run_id
+    assert runs["train"].info.run_id == train_id
+    assert runs["evaluate"].data.tags[PARENT_RUN_TAG] == train_id
+    assert runs["promote"].data.tags[PARENT_RUN_TAG] == train_id
+    pictures = {file.path for file in client.list_artifacts(finished.evaluation.run_id, "pictures")}
+    assert pictures == {f"pictures/{name}.png" for name in ("encoder", *DRIVING_SIGNALS)}
+
+
+def test_metric_histories_have_every_step(shards, finished: Finished):
+    client = open_client(shards.tracking)
+
+    def steps(metric: str) -> list[int]:
+        return [point.step for point in client.get_metric_history(finished.trained.run_id, metric)]
+
+    terms = [key for key in client.get_run(finished.trained.run_id).data.metrics if key.startswith("train/")]
+    assert {"train/total", "train/image", "train/geometry", "train/gradient_norm"} <= set(terms)
+    assert all(steps(term) == [1, 2, 3, 4, 5, 6] for term in terms)
+    assert steps("val/loss") == [3, 6]
+    losses = {point.step: point.value for point in client.get_metric_history(finished.trained.run_id, "val/loss")}
+    assert finished.trained.validation_loss == losses[finished.trained.best_step] == min(losses.values())
+
+
+def test_the_model_is_champion_and_loads(shards, finished: Finished, tmp_path: Path):
+    client = open_client(shards.tracking)
+    challenger, champion = (find_version(client, "lipflow", alias) for alias in ("challenger", "champion"))
+    assert finished.decision.promoted
+    assert finished.trained.model == f"models:/lipflow/{champion.version}"
+    assert challenger.version == champion.version
+    registered = load_avatar(download_model("models:/lipflow@champion", tmp_path, shards.tracking))
+    written = load_avatar(storage.local_path(finished.trained.avatar))
+    for name, weights in written.state_dict().items():
+        assert torch.equal(weights, registered.state_dict()[name]), name
+
+
+def test_evaluation_has_all_quadrants_and_every_signal_before_and_after_the_fit(finished: Finished):
+    rows = {
+        (row.latent, row.iterations, row.cameras, row.expressions, row.calibrated): row
+        for row in finished.evaluation.rows
+    }
+    quadrants = {key[2:] for key in rows if key[0] == "encoder"}
+    assert quadrants == {
+        (cameras, expressions, calibrated)
+        for expressions in ("train", "held-out")
+        for cameras, calibrated in (("train", False), ("held-out", False), ("held-out", True))
+    }
+    for signal in DRIVING_SIGNALS:
+        assert {(signal, iterations, "train", "held-out", False) for iterations in (0, 2)} <= set(rows)
+        assert len(finished.evaluation.fit_traces[signal]) > 0
+    assert ("mean face", 0, "train", "held-out", False) in rows
+    for row in rows.values():
+        assert row.psnr_db.low <= row.psnr_db.mean <= row.psnr_db.high
+        assert np.isfinite([row.psnr_db.mean, row.ssim.mean, row.geometry_rmse_mm.mean]).all()
+    # Solving a camera's colours must not make them worse than gain 1 and bias 0.
+    for expressions in ("train", "held-out"):
+        uncalibrated, calibrated = (
+            rows["encoder", 0, "held-out", expressions, solved].psnr_db.mean for solved in (False, True)
+        )
+        assert calibrated > uncalibrated
+    document = json.loads((finished.out / "evaluation" / "evaluation.json").read_text())
+    assert len(document["rows"]) == len(rows)
+
+
+def test_fitted_latents_load_back_from_the_store_and_from_the_output(shards, finished: Finished):
+    logged = load_table(shards.tracking, finished.evaluation.run_id, "latents.json")
+    written = json.loads((finished.out / "evaluation" / "latents.json").read_text())
+    assert logged == written
+    shard_set = ShardSet.open(shards.uri)
+    held_out = set(shard_set.frame_ids("test"))
+    for latent in DRIVING_SIGNALS:
+        assert {row["frame_id"] for row in logged if row["latent"] == latent} == held_out
+    avatar = load_avatar(storage.local_path(finished.trained.avatar))
+    assert {len(row["z"]) for row in logged} == {avatar.config.latent_size}
+    # The encoder's latents are what the registered avatar's encoder gives.
+    row = next(row for row in logged if row["latent"] == "encoder")
+    batch = shard_set.frames([row["frame_id"]], shard_set.train_camera_ids[:1])
+    with torch.no_grad():
+        mean = avatar.eval().encode(batch.vertices, batch.average_texture).mean[0]
+    np.testing.assert_allclose(row["z"], mean.numpy(), atol=1e-5)
+
+
+def test_calibration_of_held_out_cameras_is_least_squares_by_hand(shards, finished: Finished):
+    shard_set = ShardSet.open(shards.uri)
+    frame_id = shard_set.frame_ids("train")[0]
+    colors = calibrate_colors(finished.trained.avatar, shards.uri, [frame_id])
+    assert set(colors) == set(shard_set.test_camera_ids)
+    avatar = load_avatar(storage.local_path(finished.trained.avatar)).eval()
+    renderer = Renderer(shard_set.topology)
+    camera_id = shard_set.test_camera_ids[0]
+    batch = shard_set.frames([frame_id], [camera_id])
+    size = tuple(batch.images.shape[-2:])
+    with torch.no_grad():
+        z = avatar.encode(batch.vertices, batch.average_texture).mean
+        decoded = avatar.decode(z, batch.cameras.view_vectors())
+        ours = renderer.render(decoded.vertices, decoded.textures, batch.cameras, size)
+        tracked = renderer.render(batch.vertices, decoded.textures, batch.cameras, size)
+    seen = (ours.mask & tracked.mask)[0, 0].numpy()
+    for channel in range(3):
+        predicted = ours.image[0, 0, channel].numpy()[seen].astype(np.float64)
+        target = batch.images[0, 0, channel].numpy()[seen].astype(np.float64)
+        design = np.stack([predicted, np.ones_like(predicted)], -1)
+        (gain, bias), *_ = np.linalg.lstsq(design, target, rcond=None)
+        np.testing.assert_allclose(colors[camera_id][0][channel], gain, rtol=1e-3)
+        np.testing.assert_allclose(colors[camera_id][1][channel], bias, atol=0.2)
+
+
+def test_a_finished_training_is_not_run_again(shards, finished: Finished, tiny_training):
+    before = _modification_times(str(finished.out / "avatar"))
+    assert train(shards.uri, str(finished.out / "avatar"), tiny_training(shards.tracking)) == finished.trained
+    assert _modification_times(str(finished.out / "avatar")) == before
