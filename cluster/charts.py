@@ -69,9 +69,7 @@ def chart_svg(chart: Chart) -> Markup:
     for tick in x_ticks:
         if x_low <= tick <= x_high:
             x = place_x(tick)
-            parts.append(
-                f'<text class="tick" x="{x:.1f}" y="{base + 18}" text-anchor="middle">{_number(tick)}</text>'
-            )
+            parts.append(f'<text class="tick" x="{x:.1f}" y="{base + 18}" text-anchor="middle">{_number(tick)}</text>')
     parts.append(f'<line class="axis" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{base}" y2="{base}"/>')
     middle = (_LEFT + WIDTH - _RIGHT) / 2
     parts.append(
@@ -82,9 +80,7 @@ def chart_svg(chart: Chart) -> Markup:
         for segment in _unbroken(points):
             places = [(place_x(x), place_y(y)) for x, y in segment]
             if len(places) == 1:
-                parts.append(
-                    f'<circle class="dot {series}" cx="{places[0][0]:.1f}" cy="{places[0][1]:.1f}" r="3"/>'
-                )
+                parts.append(f'<circle class="dot {series}" cx="{places[0][0]:.1f}" cy="{places[0][1]:.1f}" r="3"/>')
             else:
                 path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
                 parts.append(f'<polyline class="line {series}" points="{path}"/>')

@@ -40,6 +40,7 @@ from cluster.scoring import (
     calibrate_colors,
     score_fits,
     score_reconstructions,
+    scored_cameras,
 )
 from cluster.tracking import TrackingConfig, initialise, tracked_run
 from lipflow.checkpoint import load_avatar
@@ -62,6 +63,7 @@ class EvaluateRecipe(StrictConfig):
         fit: of the inference-time optimisation.
         signals: to drive with; None: all that the shard set offers.
         max_frames: scored in each of the two expression splits, evenly spread; None: all of them.
+        max_cameras: training cameras that are scored, evenly spread; None: all but the frontal one.
         frames_per_task: fitted side by side in one task.
         calibration_segment: training segment on which held-out cameras' colours are solved; None: the first one.
         calibration_frames: taken from it.
@@ -72,6 +74,7 @@ class EvaluateRecipe(StrictConfig):
     fit: FitConfig = FitConfig()
     signals: tuple[Signal, ...] | None = None
     max_frames: int | None = Field(None, gt=0)
+    max_cameras: int | None = Field(None, gt=0)
     frames_per_task: int = Field(8, gt=0)
     calibration_segment: str | None = None
     calibration_frames: int = Field(4, gt=0)
@@ -211,7 +214,10 @@ def evaluate(
         (colors,) = map_tasks(
             calibrate_colors, [(avatar_uri, shards_uri, calibration)], description="calibrate held-out cameras"
         )
-        result = _score_all(avatar_uri, shards_uri, seen + held_out, held_out, signals, recipe, colors, pictured)
+        cameras = scored_cameras(shards, recipe.max_cameras)
+        result = _score_all(
+            avatar_uri, shards_uri, seen + held_out, held_out, cameras, signals, recipe, colors, pictured
+        )
         evaluation = Evaluation(
             method=method,
             rows=tuple(_rows(result.scores, set(held_out))),
@@ -224,9 +230,7 @@ def evaluate(
         )
         run.log_metrics(evaluation.metrics())
         run.log_table([asdict(score) for score in result.scores], "scores.json")
-        latents = [
-            {"latent": latent, "frame_id": frame_id, "z": z} for (latent, frame_id), z in result.latents.items()
-        ]
+        latents = [{"latent": latent, "frame_id": frame_id, "z": z} for (latent, frame_id), z in result.latents.items()]
         run.log_table(latents, "latents.json")
         sheets = picture_sheets({method: evaluation})
         for name, sheet in sheets.items():
@@ -270,9 +274,7 @@ def picture_sheets(evaluations: dict[str, Evaluation]) -> dict[str, Any]:
                 for picture in evaluation.pictures:
                     if (picture.latent, picture.frame_id) == (latent, frame_id):
                         mask = picture.reconstruction.max(-1)
-                        rows.append(
-                            comparison_row(picture.photo, picture.reconstruction, mask=mask, exposure=exposure)
-                        )
+                        rows.append(comparison_row(picture.photo, picture.reconstruction, mask=mask, exposure=exposure))
                         labels.append(f"{method}\n{frame_id.replace('/', chr(10))}")
         sheets[latent] = contact_sheet(rows, row_labels=labels, title=latent)
     return sheets
@@ -299,6 +301,7 @@ def _score_all(
     shards_uri: str,
     frame_ids: Sequence[str],
     held_out: Sequence[str],
+    cameras: Sequence[str],
     signals: Sequence[str],
     recipe: EvaluateRecipe,
     colors: Any,
@@ -306,14 +309,12 @@ def _score_all(
 ) -> _Collected:
     """Every frame's reconstruction and every held-out frame's fit, as one map of Ray tasks."""
     size = recipe.frames_per_task
-    fits = [
-        (signal, held_out[start : start + size]) for signal in signals for start in range(0, len(held_out), size)
-    ]
+    fits = [(signal, held_out[start : start + size]) for signal in signals for start in range(0, len(held_out), size)]
     tasks: list[tuple] = [
-        ("fit", (avatar_uri, shards_uri, frames, signal, recipe.fit, pictured)) for signal, frames in fits
+        ("fit", (avatar_uri, shards_uri, frames, cameras, signal, recipe.fit, pictured)) for signal, frames in fits
     ]
     tasks += [
-        ("reconstruction", (avatar_uri, shards_uri, frame_ids[start : start + size], colors, pictured))
+        ("reconstruction", (avatar_uri, shards_uri, frame_ids[start : start + size], cameras, colors, pictured))
         for start in range(0, len(frame_ids), size)
     ]
     results: list[TaskResult] = map_tasks(_run_task, tasks, description="score frames")

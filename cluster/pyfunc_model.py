@@ -42,9 +42,7 @@ SIGNAL_INPUTS = {
 }
 
 
-def input_arrays(
-    driving: DrivingSignals, view_vectors: torch.Tensor, signals: Sequence[str]
-) -> dict[str, np.ndarray]:
+def input_arrays(driving: DrivingSignals, view_vectors: torch.Tensor, signals: Sequence[str]) -> dict[str, np.ndarray]:
     """The model's input for ``signals`` of a batch; ``view_vectors`` is ``(B, 3)``."""
     cameras = driving.frontal_cameras
     tensors = {
@@ -66,9 +64,7 @@ def input_arrays(
     return arrays
 
 
-def driving_signals(
-    arrays: Mapping[str, np.ndarray], signals: Sequence[str], device: torch.device
-) -> DrivingSignals:
+def driving_signals(arrays: Mapping[str, np.ndarray], signals: Sequence[str], device: torch.device) -> DrivingSignals:
     """The inverse of :func:`input_arrays`.
 
     Raises:

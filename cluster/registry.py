@@ -99,9 +99,7 @@ def register_avatar(
             "register one of method lipflow or conditional"
         )
     view_vector = torch.tensor([[0.0, 0.0, 1.0]])
-    arrays = {
-        key: array[:1] for key, array in pyfunc_model.input_arrays(example, view_vector, avatar.signals).items()
-    }
+    arrays = {key: array[:1] for key, array in pyfunc_model.input_arrays(example, view_vector, avatar.signals).items()}
     with tempfile.TemporaryDirectory() as folder, _registry_errors(name):
         packaged = Path(folder) / _ARTIFACT_FOLDER
         mlflow.pyfunc.save_model(

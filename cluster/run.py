@@ -87,10 +87,14 @@ class Run:
         self._buffer += [Metric(name, float(value), now_ms, step) for name, value in metrics.items()]
         idle_s = time.monotonic() - self._last_flush_s
         if len(self._buffer) >= FLUSH_AFTER_METRICS or idle_s >= FLUSH_AFTER_S:
-            try:
-                self.flush()
-            except TrackingError as error:
-                _logger.warning("%d metrics wait to be sent: %s", len(self._buffer), error)
+            self.try_flush()
+
+    def try_flush(self) -> None:
+        """Send the metrics that wait; a store that fails costs a warning."""
+        try:
+            self.flush()
+        except TrackingError as error:
+            _logger.warning("%d metrics wait to be sent: %s", len(self._buffer), error)
 
     def flush(self) -> None:
         """Send the metrics that wait."""

@@ -8,7 +8,7 @@ that the *tracked* mesh covers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,6 +26,7 @@ from lipflow.render.renderer import Renderer
 from lipflow.types import FrameBatch
 from pipeline import storage
 from pipeline.loader import ShardSet
+from pipeline.splits import spread
 
 MEAN_FACE = "mean face"
 ENCODER = "encoder"
@@ -132,20 +133,25 @@ def calibrate_colors(avatar_uri: str, shards_uri: str, frame_ids: Sequence[str])
 
 
 def score_reconstructions(
-    avatar_uri: str, shards_uri: str, frame_ids: Sequence[str], colors: ColorTable, picture_frames: Sequence[str]
+    avatar_uri: str,
+    shards_uri: str,
+    frame_ids: Sequence[str],
+    camera_ids: Sequence[str],
+    colors: ColorTable,
+    picture_frames: Sequence[str],
 ) -> TaskResult:
-    """The encoder's reconstructions and the mean face, on training and on held-out cameras."""
+    """The encoder's reconstructions and the mean face, on the training cameras ``camera_ids`` and the held-out ones."""
     avatar, renderer, shards = _open(avatar_uri, shards_uri)
     result = TaskResult([], {}, [], [])
     with torch.no_grad():
         for frame_id in frame_ids:
-            train = shards.frames([frame_id], _scored_train_cameras(shards))
+            train = shards.frames([frame_id], list(camera_ids))
             z = avatar.encode(train.vertices, train.average_texture).mean
             result.latents[(ENCODER, frame_id)] = z[0].tolist()
             _score(result, avatar, renderer, train, z, ENCODER, 0, cameras="train")
             _score(result, avatar, renderer, train, None, MEAN_FACE, 0, cameras="train")
             if frame_id in picture_frames:
-                result.pictures.append(_picture(avatar, renderer, shards, train, z, ENCODER))
+                result.pictures.append(_picture(avatar, renderer, shards, frame_id, z, ENCODER))
             if not shards.test_camera_ids:
                 continue
             held_out = shards.frames([frame_id], list(shards.test_camera_ids))
@@ -159,37 +165,37 @@ def score_fits(
     avatar_uri: str,
     shards_uri: str,
     frame_ids: Sequence[str],
+    camera_ids: Sequence[str],
     signal: str,
     config: FitConfig,
     picture_frames: Sequence[str],
 ) -> TaskResult:
-    """Latents fitted to one driving signal; the whole face is then compared with the training cameras.
+    """Latents fitted to one driving signal; the whole face is then compared with the training cameras ``camera_ids``.
 
     The start (0 iterations) is scored beside the fit.
     """
     avatar, renderer, shards = _open(avatar_uri, shards_uri)
-    camera_ids = _scored_train_cameras(shards)
     # One camera is enough to read the driving signals of all frames; the others are read frame by frame.
-    driving = shards.frames(list(frame_ids), camera_ids[:1]).driving
+    driving = shards.frames(list(frame_ids), list(camera_ids[:1])).driving
     fitted = fit(avatar, renderer, driving, signal, config)
     trace = fitted.observed_trace.mean(1).tolist()
     result = TaskResult([], {}, [], trace, fitted.seconds)
     with torch.no_grad():
         for index, frame_id in enumerate(frame_ids):
-            batch = shards.frames([frame_id], camera_ids)
+            batch = shards.frames([frame_id], list(camera_ids))
             start, z = fitted.start[index : index + 1], fitted.z[index : index + 1]
             result.latents[(signal, frame_id)] = z[0].tolist()
             _score(result, avatar, renderer, batch, start, signal, 0, cameras="train")
             if config.iterations > 0:
                 _score(result, avatar, renderer, batch, z, signal, config.iterations, cameras="train")
             if frame_id in picture_frames:
-                result.pictures.append(_picture(avatar, renderer, shards, batch, z, signal))
+                result.pictures.append(_picture(avatar, renderer, shards, frame_id, z, signal))
     return result
 
 
 def picture_camera(shards: ShardSet) -> str:
     """The scored training camera whose pictures are shown: the one that looks most like the frontal camera."""
-    scored = _scored_train_cameras(shards)
+    scored = scored_cameras(shards, None)
     by_id = {camera.camera_id: camera for camera in shards.cameras}
     if shards.frontal_camera_id is None:
         return scored[0]
@@ -197,8 +203,9 @@ def picture_camera(shards: ShardSet) -> str:
     return max(scored, key=lambda camera_id: float(by_id[camera_id].cam_from_world[2, :3] @ axis))
 
 
-def _scored_train_cameras(shards: ShardSet) -> list[str]:
-    return [camera_id for camera_id in shards.train_camera_ids if camera_id != shards.frontal_camera_id]
+def scored_cameras(shards: ShardSet, count: int | None) -> list[str]:
+    """At most ``count`` training cameras, evenly spread, without the frontal one; None: all of them."""
+    return spread([camera for camera in shards.train_camera_ids if camera != shards.frontal_camera_id], count)
 
 
 def _decode(avatar: Avatar, batch: FrameBatch, z: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -249,30 +256,17 @@ def _score(
     )
 
 
-def _picture(
-    avatar: Avatar, renderer: Renderer, shards: ShardSet, batch: FrameBatch, z: Tensor, latent: str
-) -> Picture:
+def _picture(avatar: Avatar, renderer: Renderer, shards: ShardSet, frame_id: str, z: Tensor, latent: str) -> Picture:
     camera_id = picture_camera(shards)
-    view = _scored_train_cameras(shards).index(camera_id)
-    one = replace(
-        batch,
-        images=batch.images[:, view : view + 1],
-        view_present=batch.view_present[:, view : view + 1],
-        camera_index=batch.camera_index[:, view : view + 1],
-        cameras=replace(
-            batch.cameras,
-            intrinsics=batch.cameras.intrinsics[:, view : view + 1],
-            cam_from_head=batch.cameras.cam_from_head[:, view : view + 1],
-        ),
-    )
-    vertices, textures = _decode(avatar, one, z)
-    textures = avatar.correct_color(textures, one.camera_index)
-    image = renderer.render(vertices, textures, one.cameras, _image_size(one)).image
+    batch = shards.frames([frame_id], [camera_id])
+    vertices, textures = _decode(avatar, batch, z)
+    textures = avatar.correct_color(textures, batch.camera_index)
+    image = renderer.render(vertices, textures, batch.cameras, _image_size(batch)).image
     return Picture(
-        frame_id=batch.frame_ids[0],
+        frame_id=frame_id,
         camera_id=camera_id,
         latent=latent,
-        photo=one.images[0, 0].permute(1, 2, 0).numpy(),
+        photo=batch.images[0, 0].permute(1, 2, 0).numpy(),
         reconstruction=image[0, 0].permute(1, 2, 0).clamp(0, 255).round().to(torch.uint8).numpy(),
     )
 

@@ -265,9 +265,7 @@ def _open_store(config: TrackingConfig) -> tuple[str, MlflowClient, str]:
         return _open_experiment(uri, config, artifact_default)
 
 
-def _open_experiment(
-    uri: str, config: TrackingConfig, artifact_default: str | None
-) -> tuple[str, MlflowClient, str]:
+def _open_experiment(uri: str, config: TrackingConfig, artifact_default: str | None) -> tuple[str, MlflowClient, str]:
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 

@@ -26,7 +26,7 @@ from torch import nn
 from cluster.tracking import TrackingConfig, attached_run
 from lipflow.checkpoint import load_avatar, save_avatar
 from lipflow.config import AvatarConfig, LossConfig, StrictConfig
-from lipflow.losses import LossTerms, reconstruction_loss, training_loss
+from lipflow.losses import LossTerms, NonFiniteLossError, reconstruction_loss, training_loss
 from lipflow.model.avatar import Avatar
 from lipflow.model.context import AvatarContext
 from lipflow.render.renderer import Renderer
@@ -98,9 +98,7 @@ class Objective(nn.Module):
 
 def avatar_for(shards: ShardSet, config: AvatarConfig) -> Avatar:
     """A fresh avatar for the faces, cameras and driving signals of a shard set."""
-    frontal = {camera.camera_id: camera.image_size_hw for camera in shards.cameras}.get(
-        shards.frontal_camera_id or ""
-    )
+    frontal = {camera.camera_id: camera.image_size_hw for camera in shards.cameras}.get(shards.frontal_camera_id or "")
     context = AvatarContext(
         topology=shards.topology,
         normalization=shards.normalization,
@@ -188,7 +186,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     model = ray.train.torch.prepare_model(
         Objective(avatar, renderer, recipe.loss), parallel_strategy_kwargs={"find_unused_parameters": True}
     )
-    optimizer = torch.optim.Adam(parameter_groups(avatar, recipe))
+    optimizer = torch.optim.Adam(parameter_groups(avatar, recipe), fused=True)
     step = _restore(avatar, optimizer)
     if step == 0:
         _measure_driving(avatar, shards)
@@ -215,7 +213,12 @@ def train_worker(settings: dict[str, Any]) -> None:
             losses: LossTerms = model(batch, generator)
             optimizer.zero_grad(set_to_none=True)
             losses.total.backward()
-            norm = nn.utils.clip_grad_norm_(avatar.parameters(), recipe.gradient_clip_norm, error_if_nonfinite=True)
+            norm = nn.utils.clip_grad_norm_(avatar.parameters(), recipe.gradient_clip_norm)
+            if not torch.isfinite(norm):
+                raise NonFiniteLossError(
+                    f"the gradient is not finite at step {step}, frames {', '.join(batch.frame_ids)}: "
+                    "lower the learning rate, or look at these frames"
+                )
             optimizer.step()
             step += 1
             if run is not None and (step % recipe.log_every_steps == 0 or step == recipe.steps):
@@ -235,6 +238,8 @@ def train_worker(settings: dict[str, Any]) -> None:
                 loss = _reduced_validation_loss(avatar, renderer, validation, recipe.loss, device)
                 if run is not None:
                     run.log_metrics({"val/loss": loss}, step)
+                    # What a checkpoint covers is not computed again, so it must not wait in memory.
+                    run.try_flush()
                 _report(avatar, optimizer, step, loss, rank)
                 began = time.perf_counter()
 

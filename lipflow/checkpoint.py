@@ -105,9 +105,7 @@ def load_avatar(folder: str | Path, device: torch.device | str = "cpu") -> Avata
     try:
         weights = safetensors.torch.load(contents[WEIGHTS_FILE])
     except safetensors.SafetensorError as error:
-        raise CheckpointError(
-            f"{folder / WEIGHTS_FILE} cannot be read ({error}): fetch the avatar again"
-        ) from error
+        raise CheckpointError(f"{folder / WEIGHTS_FILE} cannot be read ({error}): fetch the avatar again") from error
     expected = {name: tuple(tensor.shape) for name, tensor in avatar.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if expected != found:
@@ -204,9 +202,7 @@ def _unpack_context(content: bytes, record: _AvatarRecord, folder: Path) -> Avat
             vertices_std=float(arrays["vertices_std"]),
         )
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise CheckpointError(
-            f"{folder / CONTEXT_FILE} cannot be read ({error}): fetch the avatar again"
-        ) from error
+        raise CheckpointError(f"{folder / CONTEXT_FILE} cannot be read ({error}): fetch the avatar again") from error
     return AvatarContext(
         topology=topology,
         normalization=statistics,

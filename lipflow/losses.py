@@ -177,9 +177,7 @@ def _reconstruction_terms(
 
     images = [
         _image_term(image, batch, weight_mask * frame_weight[:, None, None, None], avatar.texture_std)
-        for image, weight_mask, frame_weight in zip(
-            split(rendered.image), split(rendered.weight), weights, strict=True
-        )
+        for image, weight_mask, frame_weight in zip(split(rendered.image), split(rendered.weight), weights, strict=True)
     ]
     geometries = [
         _geometry_term(vertices, batch.vertices, frame_weight, avatar.vertices_std)

@@ -131,9 +131,7 @@ def _head_pose(sample: SampleRecord, read: MemberReader) -> np.ndarray:
     try:
         pose = np.array(json.loads(_member(sample, read, FRAME))["world_from_head"], np.float64)
     except (ValueError, KeyError, TypeError) as error:
-        raise ShardSetError(
-            f"{sample.frame_id}.{FRAME}: no head pose ({error}); shard the capture again"
-        ) from error
+        raise ShardSetError(f"{sample.frame_id}.{FRAME}: no head pose ({error}); shard the capture again") from error
     if pose.shape != (3, 4):
         raise ShardSetError(f"{sample.frame_id}.{FRAME}: a head pose of shape {pose.shape}, expected (3, 4)")
     return pose

@@ -95,9 +95,7 @@ class ShardLoader:
         self._places = np.array(shard_set.camera_places(camera_ids), np.int64)
         shards = [shard for shard in shard_set.shards(split) if shard.samples]
         if not shards:
-            raise ShardSetError(
-                f"{shard_set.uri}: split {split!r} has no frames; change the splits and shard again"
-            )
+            raise ShardSetError(f"{shard_set.uri}: split {split!r} has no frames; change the splits and shard again")
         self._frames: list[tuple[ShardRecord, SampleRecord]] = [(s, sample) for s in shards for sample in s.samples]
         self._order = Order(
             frames_per_shard=tuple(len(shard.samples) for shard in shards),

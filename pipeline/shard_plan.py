@@ -123,9 +123,7 @@ def sample_settings(capture: Capture, config: ShardConfig) -> SampleSettings:
 def _common_image_size(capture: Capture) -> tuple[int, int]:
     sizes = {tuple(camera.image_size_hw) for camera in capture.cameras}
     if len(sizes) != 1:
-        raise ConfigError(
-            f"{capture.uri}: cameras with {len(sizes)} image sizes; set image_size_hw to store one size"
-        )
+        raise ConfigError(f"{capture.uri}: cameras with {len(sizes)} image sizes; set image_size_hw to store one size")
     height, width = sizes.pop()
     return height, width
 

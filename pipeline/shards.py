@@ -167,9 +167,7 @@ def find_committed(out_uri: str, plan: ShardPlan, *, check_digests: bool = False
         for shard in manifest.shards:
             if storage.size_bytes(storage.join(out_uri, shard.name)) != shard.size_bytes:
                 return None
-        digests = manifest.files | (
-            {shard.name: shard.sha256 for shard in manifest.shards} if check_digests else {}
-        )
+        digests = manifest.files | ({shard.name: shard.sha256 for shard in manifest.shards} if check_digests else {})
         intact = all(storage.sha256_hex(storage.join(out_uri, name)) == sha for name, sha in digests.items())
     except storage.ObjectNotFoundError:
         return None

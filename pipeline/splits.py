@@ -84,16 +84,12 @@ def split_cameras(capture: Capture, config: SplitConfig) -> tuple[list[str], lis
         test = _matching(ids, config.test_cameras, "test_cameras")
         clash = [camera for camera in test if camera in protected]
         if clash:
-            raise ConfigError(
-                f"camera {clash[0]!r} is the anchor or the frontal camera; take it out of test_cameras"
-            )
+            raise ConfigError(f"camera {clash[0]!r} is the anchor or the frontal camera; take it out of test_cameras")
     else:
         candidates = [camera for camera in ids if camera not in protected]
         count = len(ids) // 10 if config.test_camera_count is None else config.test_camera_count
         if count > len(candidates):
-            raise ConfigError(
-                f"splits.test_camera_count={count}, but only {len(candidates)} cameras can be held out"
-            )
+            raise ConfigError(f"splits.test_camera_count={count}, but only {len(candidates)} cameras can be held out")
         test = [candidates[(2 * index + 1) * len(candidates) // (2 * count)] for index in range(count)]
     return [camera for camera in ids if camera not in test], test
 

@@ -45,9 +45,7 @@ def sum_frames(key: str, frames: Iterable[tuple[np.ndarray, np.ndarray]]) -> Fra
     total: FrameSums | None = None
     for texture, vertices in frames:
         texture, vertices = texture.astype(np.float64), vertices.astype(np.float64)
-        one = FrameSums(
-            key, 1, texture, float(np.square(texture).sum()), vertices, float(np.square(vertices).sum())
-        )
+        one = FrameSums(key, 1, texture, float(np.square(texture).sum()), vertices, float(np.square(vertices).sum()))
         total = one if total is None else _add(total, one)
     if total is None:
         raise CaptureError(f"{key}: no frame to take statistics of; check the splits")
@@ -74,9 +72,7 @@ def normalization_from(sums: FrameSums) -> Normalization:
     texture_mean, vertices_mean = sums.texture / sums.count, sums.vertices / sums.count
     texture_std = _deviation(sums.texture_squares, texture_mean, sums.count)
     vertices_std = _deviation(sums.vertices_squares, vertices_mean, sums.count)
-    return Normalization(
-        texture_mean.astype(np.float32), texture_std, vertices_mean.astype(np.float32), vertices_std
-    )
+    return Normalization(texture_mean.astype(np.float32), texture_std, vertices_mean.astype(np.float32), vertices_std)
 
 
 def _add(first: FrameSums, second: FrameSums) -> FrameSums:

@@ -23,9 +23,7 @@ class ShardWriter:
 
     def __init__(self, stream: IO[bytes]):
         self._hashing = _HashingStream(stream)
-        self._tar = TarWriter(
-            self._hashing, encoder=False, mtime=0, user="lipflow", group="lipflow", compress=False
-        )
+        self._tar = TarWriter(self._hashing, encoder=False, mtime=0, user="lipflow", group="lipflow", compress=False)
 
     def __enter__(self) -> ShardWriter:
         return self

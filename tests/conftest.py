@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
@@ -17,6 +18,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+
+# Here, and not in a hook: Ray reads both once, when it is imported, which the conftests below do. Without a token
+# in the environment it would write one into the home.
+os.environ["RAY_AUTH_MODE"] = "token"
+os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+os.environ.pop("RAY_ADDRESS", None)
 
 
 @dataclass(frozen=True)
@@ -99,22 +106,23 @@ class RayHead:
     Attributes:
         address: for ``RAY_ADDRESS`` and ``ray.init``.
         dashboard: for ``ray job submit --address``.
-        client_environment: the variables that a client needs.
+        pid: of the process above all of Ray's.
     """
 
     address: str
     dashboard: str
-    client_environment: dict[str, str]
+    pid: int
 
 
-def _stop_process_group(process: subprocess.Popen[bytes]) -> None:
-    """End a process that was started as a group of its own, and all that it started."""
-    children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-    process.terminate()
-    _, alive = psutil.wait_procs([psutil.Process(process.pid), *children] if children else [], timeout=15)
-    for survivor in alive:
-        survivor.kill()
+def _kill_with_children(process: subprocess.Popen[bytes]) -> None:
+    """End a process and all that it started; Ray's own way of stopping takes 15 s."""
+    family = [psutil.Process(process.pid)] if process.poll() is None else []
+    family += [child for parent in family for child in parent.children(recursive=True)]
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
     process.wait(timeout=15)
+    psutil.wait_procs(family, timeout=15)
 
 
 @pytest.fixture(scope="session")
@@ -122,11 +130,7 @@ def ray_head(tmp_path_factory: pytest.TempPathFactory, s3_server: S3Server) -> I
     """``ray start --head`` with token authentication and two CPUs; its workers reach the S3 server."""
     ray_command = str(Path(sys.executable).parent / "ray")
     root = tmp_path_factory.mktemp("ray")
-    token = root / "token"
-    token.write_text(secrets.token_hex(32))
-    token.chmod(0o600)
-    client = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-    environment = os.environ | client | {"OMP_NUM_THREADS": "1", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
     port, dashboard_port = _free_port_for_ray(), _free_port_for_ray()
     command = [ray_command, "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}"]
     command += ["--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}"]
@@ -136,14 +140,12 @@ def ray_head(tmp_path_factory: pytest.TempPathFactory, s3_server: S3Server) -> I
     command += [f"--temp-dir={temporary}"]
     log = root / "ray.log"
     with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=output, env=environment, cwd=root, start_new_session=True
-        )
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, cwd=root)
     try:
         _wait_until_open(dashboard_port, process, log, seconds=60)
-        yield RayHead(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard_port}", client)
+        yield RayHead(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard_port}", process.pid)
     finally:
-        _stop_process_group(process)
+        _kill_with_children(process)
         shutil.rmtree(temporary, ignore_errors=True)
 
 
@@ -152,12 +154,8 @@ def ray_session(ray_head: RayHead) -> Iterator[RayHead]:
     """This process as a driver of that cluster, so that jobs called as functions share it."""
     import ray
 
-    patch = pytest.MonkeyPatch()
-    for name, value in ray_head.client_environment.items():
-        patch.setenv(name, value)
     ray.init(address=ray_head.address, log_to_driver=False, logging_level=logging.ERROR)
     try:
         yield ray_head
     finally:
         ray.shutdown()
-        patch.undo()

@@ -137,9 +137,7 @@ class Avatar(nn.Module):
             if isinstance(driver, HeadsetDriver | FrontalDriver) and signal in driving.available():
                 driver.measure(driving)
 
-    def prior(
-        self, signal: str, driving: DrivingSignals, generator: torch.Generator | None = None
-    ) -> DiagonalGaussian:
+    def prior(self, signal: str, driving: DrivingSignals, generator: torch.Generator | None = None) -> DiagonalGaussian:
         """P(y | h) of one signal; N(0, I) in frames where the signal shows nothing, and always for ``dam``.
 
         Args:
@@ -151,9 +149,7 @@ class Avatar(nn.Module):
             LipflowError: the avatar has no driver for the signal, or ``driving`` lacks it.
         """
         if signal not in driving.available():
-            raise LipflowError(
-                f"the input has no {signal} signal, it has {list(driving.available())}: use one of them"
-            )
+            raise LipflowError(f"the input has no {signal} signal, it has {list(driving.available())}: use one of them")
         present = signal_present(signal, driving)
         nothing = DiagonalGaussian.standard(self.vertices_mean.new_zeros(len(present), self.config.latent_size))
         if self.config.method == "dam":

@@ -110,8 +110,7 @@ class DownTower(nn.Module):
         super().__init__()
         widths = level_widths(channels, halvings(size))[::-1]
         self.convs = nn.ModuleList(
-            NormConv(before, after, 4, stride=2)
-            for before, after in zip([inputs, *widths[:-1]], widths, strict=True)
+            NormConv(before, after, 4, stride=2) for before, after in zip([inputs, *widths[:-1]], widths, strict=True)
         )
         self.residuals = nn.ModuleList(NormConv(width, width, 3) for width in widths if residual)
         self.outputs = widths[-1] * COARSE * COARSE
@@ -137,9 +136,7 @@ class UpConv(nn.Module):
         last: no activation follows.
     """
 
-    def __init__(
-        self, inputs: int, outputs: int, size: int, *, upsample: str, spatial_bias: bool, last: bool = False
-    ):
+    def __init__(self, inputs: int, outputs: int, size: int, *, upsample: str, spatial_bias: bool, last: bool = False):
         super().__init__()
         self.bilinear = upsample == "bilinear"
         self.conv = (
@@ -180,9 +177,7 @@ class UpTower(nn.Module):
     ):
         super().__init__()
         if COARSE * 2 ** len(widths) != size:
-            raise ValueError(
-                f"{len(widths)} doublings of {COARSE} do not give {size}: give {halvings(size)} widths"
-            )
+            raise ValueError(f"{len(widths)} doublings of {COARSE} do not give {size}: give {halvings(size)} widths")
         afters = [*widths[1:], outputs]
         self.stages = nn.ModuleList(
             UpConv(
@@ -196,9 +191,7 @@ class UpTower(nn.Module):
             for level, (before, after) in enumerate(zip(widths, afters, strict=True))
         )
         self.residuals = nn.ModuleList(
-            NormConv(after, after, 3, last=level == len(widths) - 1)
-            for level, after in enumerate(afters)
-            if residual
+            NormConv(after, after, 3, last=level == len(widths) - 1) for level, after in enumerate(afters) if residual
         )
 
     def forward(self, feature: Tensor) -> Tensor:

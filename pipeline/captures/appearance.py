@@ -185,8 +185,7 @@ class _Patterns:
     def dress(self, albedo: Tensor, names: tuple[str, ...], weights: np.ndarray) -> Tensor:
         """The albedo ``(N, 3)`` with the expression's blood and wrinkles."""
         flush = sum(
-            _cause(_BLOOD_CAUSES[kind], side, names, weights) * pattern
-            for (kind, side), pattern in self.blood.items()
+            _cause(_BLOOD_CAUSES[kind], side, names, weights) * pattern for (kind, side), pattern in self.blood.items()
         )
         redness = (0.30 * self.skin * flush).clamp(min=-0.22, max=0.35)[:, None]
         depth = sum(

@@ -95,9 +95,7 @@ def write_dome_segment(config: DomeConfig, segment: str, out_uri: str) -> int:
         storage.write_bytes(texture, _png(frame.average_texture[::-1]))
         keypoints = io.BytesIO()
         np.save(keypoints, frame.keypoints, allow_pickle=False)
-        storage.write_bytes(
-            storage.join(out_uri, "driving/keypoints", segment, f"{stem}.npy"), keypoints.getvalue()
-        )
+        storage.write_bytes(storage.join(out_uri, "driving/keypoints", segment, f"{stem}.npy"), keypoints.getvalue())
         folders = [("images", camera.camera_id) for camera in scene.cameras]
         folders += [("driving/headset", camera.camera_id) for camera in scene.headset]
         pictures = [*frame.images, *frame.headset_images]

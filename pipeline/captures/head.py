@@ -88,9 +88,7 @@ LID_RADIUS = 13.4
 _UPPER_LID_MM, _LOWER_LID_MM = 6.0, 4.3
 # Offsets (y, z) of the mouth web behind the lips, by level from the lower lip to the upper: lower lip's inside, the
 # pocket's floor and back, the cutting edge of the upper teeth, their root, the upper lip.
-_POCKET_YZ = np.array(
-    [[0.0, 0.0], [-1.5, -5.0], [-3.0, -17.0], [-2.0, -15.0], [-4.5, -6.5], [2.0, -5.5], [0.0, 0.0]]
-)
+_POCKET_YZ = np.array([[0.0, 0.0], [-1.5, -5.0], [-3.0, -17.0], [-2.0, -15.0], [-4.5, -6.5], [2.0, -5.5], [0.0, 0.0]])
 # How far the slits are pulled open in the atlas, in rows.
 _UV_OPENING_ROWS = {"mouth": (2.0, 2.0), "eye_left": (2.0, 1.6), "eye_right": (2.0, 1.6)}
 
@@ -255,9 +253,7 @@ def _open_eyes(points: np.ndarray, base: np.ndarray, slit: np.ndarray, level: np
         up = np.where(on_slit, level, above > 0)
         lift = up * _UPPER_LID_MM * arch_up - (1.0 - up) * _LOWER_LID_MM * arch_down
         lift = lift * np.exp(-((above / 11.0) ** 2))
-        canthal = (
-            2.6 * (fraction - 0.35) * np.exp(-((above / 14.0) ** 2)) * smoothstep(62.0, 46.0, sign * base[:, 0])
-        )
+        canthal = 2.6 * (fraction - 0.35) * np.exp(-((above / 14.0) ** 2)) * smoothstep(62.0, 46.0, sign * base[:, 0])
         points[:, 1] += near * (lift + canthal * smoothstep(6.0, 14.0, sign * base[:, 0]))
         web = on_slit & (level > 0) & (level < 1) & (arch_up > 1e-6)
         lids = near & ~web
@@ -289,9 +285,7 @@ def _fill_eye_web(
     return points
 
 
-def web_ladders(
-    base: np.ndarray, slit: np.ndarray, level: np.ndarray, index: int
-) -> list[tuple[np.ndarray, int, int]]:
+def web_ladders(base: np.ndarray, slit: np.ndarray, level: np.ndarray, index: int) -> list[tuple[np.ndarray, int, int]]:
     """For every column of a slit: the inner web vertices, the lower rim vertex and the upper rim vertex."""
     members = np.flatnonzero(slit == index)
     ladders = []
@@ -315,9 +309,7 @@ def _mouth_pocket(points: np.ndarray, slit: np.ndarray, level: np.ndarray) -> np
     return points
 
 
-def _atlas(
-    builder: GridBuilder, row: np.ndarray, slit: np.ndarray, level: np.ndarray, base: np.ndarray
-) -> np.ndarray:
+def _atlas(builder: GridBuilder, row: np.ndarray, slit: np.ndarray, level: np.ndarray, base: np.ndarray) -> np.ndarray:
     column_of = np.array([column for _, column, _, _ in builder.vertices], dtype=np.float64)
     extra = builder.extra_uvs()
     owner = np.concatenate([np.arange(len(row)), [vertex for vertex, _ in extra]]).astype(int)

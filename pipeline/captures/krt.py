@@ -39,9 +39,7 @@ def parse_krt(text: str, image_size_hw: tuple[int, int], source: str) -> tuple[C
     while position < len(lines):
         number, words = lines[position]
         if len(words) != 1:
-            raise CaptureError(
-                f"{source}:{number}: expected a camera id alone on its line, found {len(words)} words"
-            )
+            raise CaptureError(f"{source}:{number}: expected a camera id alone on its line, found {len(words)} words")
         camera_id = words[0]
         if camera_id in cameras:
             raise CaptureError(f"{source}:{number}: camera {camera_id} is calibrated twice; remove one of the two")
@@ -76,9 +74,7 @@ def _parse_block(
     block = np.empty((rows, columns))
     for row in range(rows):
         if start + row >= len(lines):
-            raise CaptureError(
-                f"{source}:{lines[-1][0]}: the file ends inside the calibration of camera {camera_id}"
-            )
+            raise CaptureError(f"{source}:{lines[-1][0]}: the file ends inside the calibration of camera {camera_id}")
         number, words = lines[start + row]
         try:
             values = [float(word) for word in words]

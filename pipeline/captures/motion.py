@@ -63,9 +63,7 @@ def segment_names(count: int) -> tuple[str, ...]:
     return (*_repeated(names, expressions), *_repeated(_SENTENCES, count - expressions))
 
 
-def segment_weights(
-    segment: str, frames: int, shape_names: Sequence[str], deltas: np.ndarray, seed: int
-) -> np.ndarray:
+def segment_weights(segment: str, frames: int, shape_names: Sequence[str], deltas: np.ndarray, seed: int) -> np.ndarray:
     """Shape weights of every frame of a segment.
 
     Args:

@@ -56,11 +56,7 @@ class MultifaceCapture:
                 "give the folder that holds images/, tracked_mesh/, KRT and frame_list.txt"
             )
         if missing:
-            hint = (
-                "the capture is incomplete (frame_list.txt is written last)"
-                if "KRT" not in missing
-                else "calibrate"
-            )
+            hint = "the capture is incomplete (frame_list.txt is written last)" if "KRT" not in missing else "calibrate"
             raise CaptureError(f"{self.uri}: {missing[0]} is missing; {hint}: fetch or synthesise it again")
         self.segments = self._read_frame_list()
 
@@ -189,9 +185,7 @@ class MultifaceCapture:
         for segment, frames in self.segments.items():
             body = self._optional("tracked_mesh", segment, f"{frames[0]}.obj")
             if body is not None:
-                return parse_obj(
-                    body.decode("utf-8", "replace"), f"{self.uri}/tracked_mesh/{segment}/{frames[0]}.obj"
-                )
+                return parse_obj(body.decode("utf-8", "replace"), f"{self.uri}/tracked_mesh/{segment}/{frames[0]}.obj")
         for segment in self.segments:
             folder = storage.join(self.uri, "tracked_mesh", segment)
             names = storage.listdir(folder) if storage.exists(folder) else []

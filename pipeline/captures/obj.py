@@ -57,9 +57,7 @@ def parse_obj(text: str, source: str) -> ObjMesh:
                 f"{source}:{number}: expected v x y z, vt u v or f v/vt v/vt v/vt, found {line.strip()!r}"
             ) from error
     if not vertices or not uvs or not faces:
-        raise CaptureError(
-            f"{source}: expected v, vt and f lines, found {len(vertices)}, {len(uvs)} and {len(faces)}"
-        )
+        raise CaptureError(f"{source}: expected v, vt and f lines, found {len(vertices)}, {len(uvs)} and {len(faces)}")
     return ObjMesh(
         vertices=np.array(vertices, dtype=np.float32),
         uvs=np.array(uvs, dtype=np.float32),

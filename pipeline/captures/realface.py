@@ -49,9 +49,7 @@ def load_realface(folder: str | Path) -> FaceAsset:
     folder = Path(folder)
     missing = [name for name in _FILES if not (folder / name).is_file()]
     if missing:
-        raise CaptureError(
-            f"{folder}: not a face asset: {', '.join(missing)} missing; expected {', '.join(_FILES)}"
-        )
+        raise CaptureError(f"{folder}: not a face asset: {', '.join(missing)} missing; expected {', '.join(_FILES)}")
     mesh, base, shapes = (_arrays(folder / name) for name in _FILES[:3])
     neutral = base["verts_neutral"].astype(np.float32)
     deltas, names = shapes["deltas"].astype(np.float32), tuple(str(name) for name in shapes["names"])

@@ -193,9 +193,7 @@ def _pictures(
         some = slice(start, start + chunk)
         textures = skin.views(centres[some]).numpy()
         pictures.append(
-            take_pictures(
-                scene.face.topology, vertices, textures, cameras[some], world_from_head, config.supersampling
-            )
+            take_pictures(scene.face.topology, vertices, textures, cameras[some], world_from_head, config.supersampling)
         )
     return np.concatenate(pictures)
 

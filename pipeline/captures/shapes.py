@@ -106,9 +106,7 @@ class _Fields:
         return self._dress_webs(weight[:, None] * np.array(offset))
 
     def _at_corner(self) -> np.ndarray:
-        return ((self.head.slit == 0) & (self.head.level == 0.5) & (np.abs(self.x) > self.corner - 1e-6)).astype(
-            float
-        )
+        return ((self.head.slit == 0) & (self.head.level == 0.5) & (np.abs(self.x) > self.corner - 1e-6)).astype(float)
 
     def _jaw_weight(self) -> np.ndarray:
         below = np.where(self.below > 0.5, 1.0, -1.0)

@@ -114,9 +114,7 @@ def _skin(x: np.ndarray, y: np.ndarray, z: np.ndarray, atlas: _Texels, noise: _V
     colour = _mix(colour, _BLOOD, (blood + 0.25 * on_ear) * (0.55 + 0.9 * noise(x, y, z, 7.0)))
     hollow = np.exp(-(((forward - 0.1) / 0.33) ** 2) - ((upward + 0.12) / 0.3) ** 2)
     groove = np.exp(-(((np.hypot(forward + 0.05, upward - 0.05) - 0.56) / 0.12) ** 2)) * (upward > -0.35)
-    ear_shade = (
-        np.maximum(0.75 * hollow, 0.5 * groove) * (side > 70) * smoothstep(1.1, 0.9, np.hypot(upward, forward))
-    )
+    ear_shade = np.maximum(0.75 * hollow, 0.5 * groove) * (side > 70) * smoothstep(1.1, 0.9, np.hypot(upward, forward))
     colour = _mix(colour, np.array([112.0, 62.0, 52.0]), ear_shade)
     stubble = front * smoothstep(-28.0, -42.0, y) * smoothstep(-150.0, -112.0, y) * smoothstep(72.0, 55.0, side)
     beardless = bump(side, y, (42.0, -32.0), (18.0, 22.0))
@@ -152,9 +150,7 @@ def _lips(
     return _mix(_mix(colour, lip, 0.85 * inside), np.array([96.0, 40.0, 40.0]), 0.6 * line)
 
 
-def _around_eyes(
-    colour: np.ndarray, side: np.ndarray, y: np.ndarray, atlas: _Texels, front: np.ndarray
-) -> np.ndarray:
+def _around_eyes(colour: np.ndarray, side: np.ndarray, y: np.ndarray, atlas: _Texels, front: np.ndarray) -> np.ndarray:
     base_x, base_y, _ = atlas.base
     across = smoothstep(14.0, 18.0, np.abs(base_x)) * smoothstep(50.0, 45.0, np.abs(base_x))
     lash = across * front * np.where(base_y >= 24.0, smoothstep(27.0, 25.3, base_y), smoothstep(22.6, 24.0, base_y))
@@ -190,9 +186,7 @@ def _hair(colour: np.ndarray, x: np.ndarray, y: np.ndarray, z: np.ndarray, noise
     return _mix(colour, _HAIR * 0.95, 0.9 * brow * fibres * (z > 0))
 
 
-def _eye(
-    x: np.ndarray, y: np.ndarray, z: np.ndarray, sign: float, atlas: _Texels, noise: _ValueNoise
-) -> np.ndarray:
+def _eye(x: np.ndarray, y: np.ndarray, z: np.ndarray, sign: float, atlas: _Texels, noise: _ValueNoise) -> np.ndarray:
     dx, dy = x - sign * EYE_CENTRE[0], y - EYE_CENTRE[1] - 0.9
     radius, angle = np.hypot(dx, dy), np.arctan2(dy, dx)
     rays = noise(np.cos(angle) * 30, np.sin(angle) * 30, radius * 2.0, 4.0)

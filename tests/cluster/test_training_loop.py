@@ -77,9 +77,7 @@ def test_batches_from_a_step_are_those_that_come_after_skipping_it(step: int):
 
 def test_an_epoch_is_read_only_when_its_turn_comes():
     opened = []
-    loader = SimpleNamespace(
-        batches_per_epoch=2, epoch=lambda epoch, start_batch: opened.append(epoch) or iter("ab")
-    )
+    loader = SimpleNamespace(batches_per_epoch=2, epoch=lambda epoch, start_batch: opened.append(epoch) or iter("ab"))
     batches = batches_from(loader, 0)
     assert [next(batches), next(batches), opened] == ["a", "b", [0]]
     assert [next(batches), opened] == ["a", [0, 1]]

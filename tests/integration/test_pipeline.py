@@ -154,7 +154,9 @@ def test_evaluation_has_all_quadrants_and_every_signal_before_and_after_the_fit(
 def test_fitted_latents_load_back_from_the_store_and_from_the_output(shards, finished: Finished):
     logged = load_table(shards.tracking, finished.evaluation.run_id, "latents.json")
     written = json.loads((finished.out / "evaluation" / "latents.json").read_text())
-    assert logged == written
+    assert [(row["latent"], row["frame_id"]) for row in logged] == [(row["latent"], row["frame_id"]) for row in written]
+    # MLflow keeps ten decimals.
+    np.testing.assert_allclose([row["z"] for row in logged], [row["z"] for row in written], rtol=0, atol=1e-10)
     shard_set = ShardSet.open(shards.uri)
     held_out = set(shard_set.frame_ids("test"))
     for latent in DRIVING_SIGNALS:

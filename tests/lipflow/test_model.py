@@ -336,3 +336,23 @@ def test_what_does_not_fit_is_refused_with_its_remedy(make_avatar, context, batc
 def test_bad_configs_are_refused_when_built(changes, message):
     with pytest.raises(ValidationError, match=message):
         AvatarConfig(**changes)
+
+
+def test_measured_driving_images_have_zero_mean_and_unit_spread(make_avatar, batch):
+    avatar = make_avatar(method="lipflow")
+    driver = avatar.drivers["hmc"]
+    driving = batch.driving
+    driving.hmc_present[0, 0] = False
+    avatar.measure_driving(driving)
+    normalised = driver.normalize(driving.hmc_images)
+    present = driving.hmc_present
+    for camera in range(present.shape[1]):
+        seen = normalised[present[:, camera], camera]
+        torch.testing.assert_close(seen.mean(0), torch.zeros_like(seen[0]), atol=1e-4, rtol=0)
+    assert normalised[present].square().mean().sqrt().item() == pytest.approx(1.0, abs=1e-3)
+    # What an absent view holds has no say.
+    before = driver.normalize.mean.clone()
+    driving.hmc_images[0, 0] = 255 - driving.hmc_images[0, 0]
+    avatar.measure_driving(driving)
+    assert torch.equal(driver.normalize.mean, before)
+    assert "drivers.hmc.normalize.mean" in avatar.state_dict()

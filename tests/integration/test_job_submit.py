@@ -1,0 +1,110 @@
+"""Every job under ``ray job submit``, on a cluster with token authentication."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster.recipe import dump_recipe
+from cluster.registry import find_version
+from cluster.tracking import TrackingConfig, initialise, open_client
+from pipeline.loader import ShardSet
+
+# Raised inside MLflow, about its own use of SQLAlchemy.
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")
+
+RAY = str(Path(sys.executable).parent / "ray")
+
+
+class Submitter:
+    """Submits jobs to the session's cluster with the MLflow store of this test."""
+
+    def __init__(self, dashboard: str, tracking: TrackingConfig):
+        self._dashboard = dashboard
+        variables = {"MLFLOW_TRACKING_URI": tracking.uri, "OMP_NUM_THREADS": "1"}
+        self._runtime_env = json.dumps({"env_vars": variables})
+
+    def start(self, module: str, *arguments: str) -> subprocess.Popen[str]:
+        command = [RAY, "job", "submit", "--address", self._dashboard, "--runtime-env-json", self._runtime_env]
+        command += ["--", sys.executable, "-m", module, *arguments]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def run(self, module: str, *arguments: str) -> str:
+        """The job's log; fails if the job did."""
+        return self.finish(self.start(module, *arguments))
+
+    def finish(self, process: subprocess.Popen[str], exit_code: int = 0) -> str:
+        """The log of a job that must have ended with success, or with failure."""
+        log, _ = process.communicate(timeout=150)
+        assert process.returncode == exit_code, log
+        return log
+
+
+@pytest.fixture(scope="module")
+def tracking(tmp_path_factory: pytest.TempPathFactory) -> TrackingConfig:
+    config = TrackingConfig(uri=f"sqlite:///{tmp_path_factory.mktemp('jobs')}/mlflow.db")
+    initialise(config)
+    return config
+
+
+@pytest.fixture(scope="module")
+def submitter(ray_head, tracking: TrackingConfig) -> Submitter:
+    return Submitter(ray_head.dashboard, tracking)
+
+
+def test_a_submission_without_the_token_is_refused(ray_head, tmp_path: Path):
+    stranger = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    command = [RAY, "job", "submit", "--address", ray_head.dashboard, "--", "touch", str(tmp_path / "done")]
+    refused = subprocess.run(
+        command, capture_output=True, text=True, env=stranger | {"HOME": str(tmp_path)}, timeout=60
+    )
+    assert refused.returncode != 0
+    assert "uthenticat" in refused.stdout + refused.stderr
+    assert not (tmp_path / "done").exists()
+
+
+def test_every_job_runs_under_submission(
+    submitter: Submitter, shards, tracking: TrackingConfig, tiny_training, tmp_path: Path
+):
+    recipe = tmp_path / "recipe.yaml"
+    dump_recipe(tiny_training(TrackingConfig(), steps=4, checkpoint_every_steps=4), recipe)
+    capture, shard_set, out = (str(tmp_path / name) for name in ("capture", "shards", "avatar"))
+
+    synthesis = submitter.start("cluster.synth", capture, *_dome_settings(shards.dome))
+    bad_recipe = submitter.start("cluster.train", shards.uri, str(tmp_path / "never"), "--set", "stepz=3")
+    log = submitter.finish(bad_recipe, exit_code=1)
+    assert "lipflow: error: recipe the defaults: unknown key 'stepz'; did you mean 'steps'?" in log
+    assert "Traceback" not in log
+    assert not (tmp_path / "never").exists()
+    submitter.finish(synthesis)
+
+    settings = ("shard.frames_per_shard=3", "shard.splits.test_camera_count=2")
+    submitter.run("cluster.shard", capture, shard_set, *_overrides(settings))
+    assert ShardSet.open(shard_set).digest == shards.summary.digest
+
+    submitter.run("cluster.train", shard_set, out, "--recipe", str(recipe))
+    summary = json.loads(Path(out, "train.json").read_text())
+    assert (summary["steps"], summary["model"]) == (4, "models:/lipflow/1")
+
+    evaluation = str(tmp_path / "evaluation")
+    settings = ("fit.iterations=1", "max_frames=1", "picture_frames=1", "signals=[keypoints]")
+    submitter.run("cluster.evaluate", summary["model"], shard_set, "--out", evaluation, *_overrides(settings))
+    assert json.loads(Path(evaluation, "evaluation.json").read_text())["method"] == "lipflow"
+
+    log = submitter.run("cluster.promote", summary["model"])
+    assert "there was no champion" in log
+    assert find_version(open_client(tracking), "lipflow", "champion").version == "1"
+
+
+def _overrides(settings: tuple[str, ...]) -> list[str]:
+    return [part for setting in settings for part in ("--set", setting)]
+
+
+def _dome_settings(dome) -> list[str]:
+    changed = dome.model_dump(mode="json", exclude_unset=True)
+    return _overrides(tuple(f"{name}={value}" for name, value in changed.items()))

@@ -1,0 +1,109 @@
+"""A training that is killed in the middle ends, when it is submitted again, in the same weights bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from cluster.recipe import dump_recipe
+from cluster.train import train
+from cluster.training_loop import OPTIMIZER_FILE
+
+# Raised inside MLflow, about its own use of SQLAlchemy.
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")
+
+STEPS = 12
+
+
+def _command(shards_uri: str, out: Path, recipe: Path) -> list[str]:
+    return [
+        *(sys.executable, "-m", "cluster.cli", "train", shards_uri, str(out), "--recipe", str(recipe)),
+        *("--set", "checkpoint_every_steps=2", "--json"),
+    ]
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    """Without the session's cluster: the command starts one of its own."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return kept | {"OMP_NUM_THREADS": "1", "HOME": str(folder), "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
+
+
+def _checkpoints(out: Path) -> dict[int, Path]:
+    """Step -> folder, of the checkpoints that Ray Train has registered."""
+    found = {}
+    for optimizer in (out / "ray" / "train").glob(f"checkpoint_*/{OPTIMIZER_FILE}"):
+        found[torch.load(optimizer, weights_only=True)["step"]] = optimizer.parent
+    return found
+
+
+def _wait_for_a_registered_checkpoint(out: Path, process: subprocess.Popen[bytes], log: Path) -> None:
+    snapshot = out / "ray" / "train" / "checkpoint_manager_snapshot.json"
+    deadline = time.monotonic() + 150
+    while time.monotonic() < deadline and process.poll() is None:
+        if snapshot.exists():
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"no checkpoint appeared: {log.read_text()[-2000:]}")
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to the whole group, then to whatever Ray put into sessions of its own."""
+    family = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(timeout=30)
+    _, survivors = psutil.wait_procs(family, timeout=5)
+    for survivor in survivors:
+        survivor.kill()
+    _, survivors = psutil.wait_procs(survivors, timeout=15)
+    assert not survivors
+
+
+def test_a_killed_training_continues_and_ends_in_the_same_weights(shards, tiny_training, tmp_path: Path):
+    out, recipe = tmp_path / "killed", tmp_path / "recipe.yaml"
+    settings = tiny_training(shards.tracking, steps=STEPS, register_as=None, checkpoint_every_steps=2)
+    dump_recipe(settings, recipe)
+    log = tmp_path / "killed.log"
+    with log.open("wb") as output:
+        killed = subprocess.Popen(
+            _command(shards.uri, out, recipe),
+            stdout=output,
+            stderr=output,
+            env=_environment(tmp_path),
+            start_new_session=True,
+        )
+        try:
+            _wait_for_a_registered_checkpoint(out, killed, log)
+        finally:
+            _kill_group(killed)
+    assert not (out / "train.json").exists()
+    assert max(_checkpoints(out)) < STEPS
+
+    again = subprocess.run(
+        _command(shards.uri, out, recipe),
+        capture_output=True,
+        text=True,
+        env=_environment(tmp_path),
+        timeout=200,
+    )
+    assert again.returncode == 0, again.stderr
+    summary = json.loads(again.stdout)
+    assert 0 < summary["resumed_from_step"] < STEPS
+    assert summary["resumed_from_step"] % 2 == 0
+
+    undisturbed = train(shards.uri, str(tmp_path / "undisturbed"), settings)
+    assert undisturbed.resumed_from_step == 0
+    assert summary["validation_loss"] == undisturbed.validation_loss
+    ends = [_checkpoints(tmp_path / name)[STEPS] for name in ("killed", "undisturbed")]
+    weights = [sorted((end / "avatar").glob("*.safetensors")) for end in ends]
+    assert [path.name for path in weights[0]] == [path.name for path in weights[1]] != []
+    for ours, theirs in zip(*weights, strict=True):
+        assert ours.read_bytes() == theirs.read_bytes(), ours.name
