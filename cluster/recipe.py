@@ -18,7 +18,7 @@ C = TypeVar("C", bound=StrictConfig)
 
 
 def load_recipe(config_class: type[C], recipe: str | None, overrides: Sequence[str] = ()) -> C:
-    """Build a configuration from a recipe file and overrides.
+    """Build a configuration from a recipe file and overrides; what they leave out keeps the class's own defaults.
 
     Args:
         config_class: what the recipe must be.
@@ -41,7 +41,7 @@ def load_recipe(config_class: type[C], recipe: str | None, overrides: Sequence[s
     for override in overrides:
         _apply_override(settings, override)
     try:
-        return config_class.model_validate(settings)
+        return config_class.model_validate(_merged(_defaults(config_class), settings))
     except ValidationError as error:
         raise ConfigError(f"recipe {where}: {_explain(error, config_class)}") from error
 
@@ -49,6 +49,21 @@ def load_recipe(config_class: type[C], recipe: str | None, overrides: Sequence[s
 def dump_recipe(config: StrictConfig, path: Path) -> None:
     """Write a configuration as a recipe file that :func:`load_recipe` reads back to an equal one."""
     path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+def _defaults(config_class: type[BaseModel]) -> dict[str, Any]:
+    """The defaults as a recipe: a class may give a group other defaults than the group's own class does."""
+    if any(item.is_required() for item in config_class.model_fields.values()):
+        return {}
+    return config_class().model_dump(mode="json")
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        both_groups = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _merged(base[key], value) if both_groups else value
+    return merged
 
 
 def _apply_override(settings: dict, override: str) -> None:

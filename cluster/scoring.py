@@ -8,7 +8,7 @@ that the *tracked* mesh covers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from lipflow.checkpoint import load_avatar
 from lipflow.config import FitConfig
@@ -30,6 +31,11 @@ from pipeline.splits import spread
 
 MEAN_FACE = "mean face"
 ENCODER = "encoder"
+
+PICTURE_SAMPLES = 3
+"""Samples along each axis of a pixel in the pictures that are shown."""
+
+_ZOOM = (PICTURE_SAMPLES, PICTURE_SAMPLES, 1.0)
 
 ColorTable = Mapping[str, tuple[list[float], list[float]]]
 """camera id -> (gain, bias) by channel, solved on the calibration segment."""
@@ -261,13 +267,17 @@ def _picture(avatar: Avatar, renderer: Renderer, shards: ShardSet, frame_id: str
     batch = shards.frames([frame_id], [camera_id])
     vertices, textures = _decode(avatar, batch, z)
     textures = avatar.correct_color(textures, batch.camera_index)
-    image = renderer.render(vertices, textures, batch.cameras, _image_size(batch)).image
+    # For the eye, unlike what is scored: antialiased, as the photo is.
+    height, width = _image_size(batch)
+    fine = replace(batch.cameras, intrinsics=batch.cameras.intrinsics * batch.vertices.new_tensor(_ZOOM)[:, None])
+    size = (height * PICTURE_SAMPLES, width * PICTURE_SAMPLES)
+    image = avg_pool2d(renderer.render(vertices, textures, fine, size).image[0], PICTURE_SAMPLES)
     return Picture(
         frame_id=frame_id,
         camera_id=camera_id,
         latent=latent,
         photo=batch.images[0, 0].permute(1, 2, 0).numpy(),
-        reconstruction=image[0, 0].permute(1, 2, 0).clamp(0, 255).round().to(torch.uint8).numpy(),
+        reconstruction=image[0].permute(1, 2, 0).clamp(0, 255).round().to(torch.uint8).numpy(),
     )
 
 

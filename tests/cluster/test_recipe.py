@@ -25,6 +25,16 @@ def test_overrides_beat_the_file_and_the_file_beats_the_defaults(tmp_path):
     assert config == Outer(steps=20, inner=Inner(width=32), names=("a", "b"))
 
 
+class Job(StrictConfig):
+    inner: Outer = Outer(steps=99, inner=Inner(width=77))
+
+
+def test_one_changed_key_of_a_group_leaves_the_others_as_the_job_wants_them():
+    assert load_recipe(Job, None, ["inner.names=[x]"]) == Job(
+        inner=Outer(steps=99, inner=Inner(width=77), names=("x",))
+    )
+
+
 def test_written_recipe_reads_back_equal(tmp_path):
     config = Outer(steps=3, inner=Inner(width=5), names=("x",))
     dump_recipe(config, tmp_path / "recipe.yaml")

@@ -13,6 +13,7 @@ import pytest
 from cluster.recipe import dump_recipe
 from cluster.registry import find_version
 from cluster.tracking import TrackingConfig, initialise, open_client
+from pipeline import storage
 from pipeline.loader import ShardSet
 
 # Raised inside MLflow, about its own use of SQLAlchemy.
@@ -75,16 +76,19 @@ def test_every_job_runs_under_submission(
     dump_recipe(tiny_training(TrackingConfig(), steps=4, checkpoint_every_steps=4), recipe)
     capture, shard_set, out = (str(tmp_path / name) for name in ("capture", "shards", "avatar"))
 
+    # The first three are independent of each other.
     synthesis = submitter.start("cluster.synth", capture, *_dome_settings(shards.dome))
+    settings = ("shard.frames_per_shard=3", "shard.splits.test_camera_count=2")
+    sharding = submitter.start("cluster.shard", shards.capture, shard_set, *_overrides(settings))
     bad_recipe = submitter.start("cluster.train", shards.uri, str(tmp_path / "never"), "--set", "stepz=3")
     log = submitter.finish(bad_recipe, exit_code=1)
     assert "lipflow: error: recipe the defaults: unknown key 'stepz'; did you mean 'steps'?" in log
     assert "Traceback" not in log
     assert not (tmp_path / "never").exists()
     submitter.finish(synthesis)
-
-    settings = ("shard.frames_per_shard=3", "shard.splits.test_camera_count=2")
-    submitter.run("cluster.shard", capture, shard_set, *_overrides(settings))
+    frame_list = Path(capture, "frame_list.txt")
+    assert frame_list.read_bytes() == storage.read_bytes(storage.join(shards.capture, "frame_list.txt"))
+    submitter.finish(sharding)
     assert ShardSet.open(shard_set).digest == shards.summary.digest
 
     submitter.run("cluster.train", shard_set, out, "--recipe", str(recipe))
@@ -98,7 +102,7 @@ def test_every_job_runs_under_submission(
 
     log = submitter.run("cluster.promote", summary["model"])
     assert "there was no champion" in log
-    assert find_version(open_client(tracking), "lipflow", "champion").version == "1"
+    assert str(find_version(open_client(tracking), "lipflow", "champion").version) == "1"
 
 
 def _overrides(settings: tuple[str, ...]) -> list[str]:

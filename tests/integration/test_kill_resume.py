@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -21,7 +22,7 @@ from cluster.training_loop import OPTIMIZER_FILE
 # Raised inside MLflow, about its own use of SQLAlchemy.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")
 
-STEPS = 12
+STEPS = 16
 
 
 def _command(shards_uri: str, out: Path, recipe: Path) -> list[str]:
@@ -56,14 +57,14 @@ def _wait_for_a_registered_checkpoint(out: Path, process: subprocess.Popen[bytes
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL to the whole group, then to whatever Ray put into sessions of its own."""
+    """SIGKILL to the whole group, and to what Ray put into groups of its own, as when a machine dies."""
     family = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGKILL)
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
     process.wait(timeout=30)
-    _, survivors = psutil.wait_procs(family, timeout=5)
-    for survivor in survivors:
-        survivor.kill()
-    _, survivors = psutil.wait_procs(survivors, timeout=15)
+    _, survivors = psutil.wait_procs(family, timeout=15)
     assert not survivors
 
 

@@ -24,12 +24,12 @@ def test_only_errors_of_ours_end_a_training_at_once():
 
 
 def test_a_loss_that_is_not_finite_is_not_tried_again(shards, tiny_training, tmp_path: Path):
-    tracking = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db")
+    tracking = TrackingConfig(uri=shards.tracking.uri, experiment="errors")
     recipe = tiny_training(tracking, learning_rate=1e30, warmup_steps=0, max_failures=3)
     with pytest.raises(NonFiniteLossError, match="not finite"):
         train(shards.uri, str(tmp_path / "out"), recipe)
     client = open_client(tracking)
-    (run,) = client.search_runs([client.get_experiment_by_name("lipflow").experiment_id])
+    (run,) = client.search_runs([client.get_experiment_by_name("errors").experiment_id])
     assert run.info.status == "FAILED"
     assert "NonFiniteLossError" in run.data.tags[ERROR_TAG]
     steps = [point.step for point in client.get_metric_history(run.info.run_id, "train/total")]
