@@ -40,6 +40,7 @@ from ray.train.torch import TorchTrainer
 from cluster import command
 from cluster.command import JsonOption, RecipeOption, SetOption
 from cluster.recipe import load_recipe
+from cluster.redaction import redact
 from cluster.registry import register_avatar
 from cluster.run import Run
 from cluster.runtime import progress_bar, ray_cluster, unwrapped
@@ -89,12 +90,12 @@ class TrainSummary:
     model: str | None
 
 
-@ray.remote(num_cpus=0)
 class ProgressBoard:
     """Where rank 0 notes its progress and the submitter's terminal reads it."""
 
     def __init__(self) -> None:
-        self._step, self._note, self._first_step = 0, "starting workers", None
+        self._step, self._note = 0, "starting workers"
+        self._first_step: int | None = None
 
     def update(self, step: int, note: str) -> None:
         """Note the number of steps done."""
@@ -135,6 +136,8 @@ def train(shards_uri: str, out_uri: str, recipe: TrainRecipe) -> TrainSummary:
         LipflowError: what a worker raised, such as a non-finite loss.
     """
     shards = ShardSet.open(shards_uri)
+    if not shards.frame_ids("val"):
+        raise ConfigError(f"{shards_uri} has no validation frames, on which checkpoints are chosen: shard with some")
     out_uri = storage.normalize_uri(out_uri)
     storage.check_writable(out_uri)
     previous_run = _check_same_training(out_uri, recipe, shards.digest)
@@ -153,11 +156,11 @@ def train(shards_uri: str, out_uri: str, recipe: TrainRecipe) -> TrainSummary:
         ) as run,
         ray_cluster(),
     ):
-        text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+        text = yaml.safe_dump(redact(recipe.model_dump(mode="json")), sort_keys=False)
         storage.write_bytes(storage.join(out_uri, RECIPE_FILE), text.encode())
         run_facts = {"run_id": run.run_id, "shards_digest": shards.digest}
         storage.write_bytes(storage.join(out_uri, RUN_FILE), json.dumps(run_facts).encode())
-        board = ProgressBoard.remote()
+        board: Any = ray.remote(num_cpus=0)(ProgressBoard).remote()  # type: ignore[attr-defined]
         tracking = recipe.tracking
         if run.uri.startswith("sqlite:"):
             # Workers have working folders of their own. Other addresses reach them by recipe or environment: one
@@ -171,7 +174,7 @@ def train(shards_uri: str, out_uri: str, recipe: TrainRecipe) -> TrainSummary:
             "board": board,
         }
         result = _fit(out_uri, recipe, settings, board)
-        checkpoint, metrics = min(result.best_checkpoints, key=lambda item: item[1]["val_loss"])
+        checkpoint, metrics = min(result.best_checkpoints or [], key=lambda item: item[1]["val_loss"])
         with checkpoint.as_directory() as folder:
             avatar_uri = storage.join(out_uri, AVATAR_FOLDER)
             storage.upload_dir(Path(folder, AVATAR_FOLDER), avatar_uri)
@@ -208,7 +211,7 @@ def _fit(out_uri: str, recipe: TrainRecipe, settings: dict[str, Any], board: Any
             storage_path=storage_path,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=recipe.max_failures),
-            callbacks=[FailAtOnce()],
+            callbacks=[FailAtOnce()],  # type: ignore[list-item]
             checkpoint_config=CheckpointConfig(
                 num_to_keep=2, checkpoint_score_attribute="val_loss", checkpoint_score_order="min"
             ),

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from cluster.recipe import dump_recipe
+from cluster.tracking import TrackingConfig
 from cluster.train import train
 from cluster.training_loop import OPTIMIZER_FILE
 
@@ -28,7 +29,7 @@ STEPS = 16
 def _command(shards_uri: str, out: Path, recipe: Path) -> list[str]:
     return [
         *(sys.executable, "-m", "cluster.cli", "train", shards_uri, str(out), "--recipe", str(recipe)),
-        *("--set", "checkpoint_every_steps=2", "--json"),
+        *("--set", "checkpoint_every_steps=4", "--json"),
     ]
 
 
@@ -56,6 +57,19 @@ def _wait_for_a_registered_checkpoint(out: Path, process: subprocess.Popen[bytes
     raise AssertionError(f"no checkpoint appeared: {log.read_text()[-2000:]}")
 
 
+def _listening_addresses(process: subprocess.Popen[bytes]) -> set[str]:
+    """``address name`` of everything below a process that accepts connections, but for training workers.
+
+    Those hold torch's rendezvous store, which listens on all interfaces.
+    """
+    found = set()
+    for member in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            listening = [c for c in member.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+            found |= {f"{c.laddr.ip.removeprefix('::ffff:')} {member.cmdline()[0]}" for c in listening}
+    return found
+
+
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
     """SIGKILL to the whole group, and to what Ray put into groups of its own, as when a machine dies."""
     family = psutil.Process(process.pid).children(recursive=True)
@@ -70,7 +84,8 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
 
 def test_a_killed_training_continues_and_ends_in_the_same_weights(shards, tiny_training, tmp_path: Path):
     out, recipe = tmp_path / "killed", tmp_path / "recipe.yaml"
-    settings = tiny_training(shards.tracking, steps=STEPS, register_as=None, checkpoint_every_steps=2)
+    tracking = TrackingConfig(uri=shards.tracking.uri, experiment="killed")
+    settings = tiny_training(tracking, steps=STEPS, register_as=None, checkpoint_every_steps=4)
     dump_recipe(settings, recipe)
     log = tmp_path / "killed.log"
     with log.open("wb") as output:
@@ -83,8 +98,12 @@ def test_a_killed_training_continues_and_ends_in_the_same_weights(shards, tiny_t
         )
         try:
             _wait_for_a_registered_checkpoint(out, killed, log)
+            addresses = _listening_addresses(killed)
         finally:
             _kill_group(killed)
+    # A cluster of our own is nobody else's.
+    assert addresses
+    assert [address for address in addresses if not address.startswith("127.0.0.1 ")] == []
     assert not (out / "train.json").exists()
     assert max(_checkpoints(out)) < STEPS
 
@@ -98,7 +117,7 @@ def test_a_killed_training_continues_and_ends_in_the_same_weights(shards, tiny_t
     assert again.returncode == 0, again.stderr
     summary = json.loads(again.stdout)
     assert 0 < summary["resumed_from_step"] < STEPS
-    assert summary["resumed_from_step"] % 2 == 0
+    assert summary["resumed_from_step"] % 4 == 0
 
     undisturbed = train(shards.uri, str(tmp_path / "undisturbed"), settings)
     assert undisturbed.resumed_from_step == 0

@@ -157,7 +157,7 @@ def test_avatar_evaluation_and_artifacts_are_on_s3_and_the_model_loads(on_s3: On
 
 def test_no_credential_is_in_any_object_or_in_the_store(on_s3: OnS3):
     contents = _files(on_s3.objects) | _files(on_s3.store)
-    assert len(contents) > 300
+    assert len(contents) > 200
     for name, body in contents.items():
         assert b"test-secret" not in body, name
         assert b"test-key" not in body, name

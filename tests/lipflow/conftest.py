@@ -35,9 +35,7 @@ def grid_topology(side: int) -> Topology:
         "left": int(index[middle, 1]),
         "right": int(index[middle, side - 2]),
     }
-    return Topology(
-        faces, np.stack([u, v], -1).reshape(-1, 2).astype(np.float32), faces, mask, landmarks, side * side
-    )
+    return Topology(faces, np.stack([u, v], -1).reshape(-1, 2).astype(np.float32), faces, mask, landmarks, side * side)
 
 
 def grid_mean_vertices(side: int) -> np.ndarray:
@@ -126,9 +124,7 @@ def make_batch(
         average_texture=noise(frames, 3, size, size),
         images=noise(frames, views, 3, *image_hw),
         view_present=torch.ones(frames, views, dtype=torch.bool),
-        camera_index=torch.tensor([train[view % len(train)] for view in range(views)])
-        .expand(frames, views)
-        .clone(),
+        camera_index=torch.tensor([train[view % len(train)] for view in range(views)]).expand(frames, views).clone(),
         cameras=cameras,
         driving=DrivingSignals(
             hmc_images=noise(frames, count, 1, *headset_hw),

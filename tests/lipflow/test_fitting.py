@@ -148,9 +148,7 @@ def test_several_signals_are_fitted_at_once(make_avatar, renderer, frames):
     observe(avatar, renderer, frames.driving)
     config = FitConfig(iterations=10, prior_weight=0.01)
     both = fit(avatar, renderer, frames.driving, ("frontal", "keypoints"), config)
-    torch.testing.assert_close(
-        both.start, avatar.start(avatar.fused_prior(("frontal", "keypoints"), frames.driving))
-    )
+    torch.testing.assert_close(both.start, avatar.start(avatar.fused_prior(("frontal", "keypoints"), frames.driving)))
     assert (both.objective < both.trace[0]).all()
 
 

@@ -188,9 +188,7 @@ def test_colour_anchor_and_untrained_cameras_pass_colours_unchanged(make_avatar)
 def test_colour_of_a_single_camera_has_no_parameters():
     color = ColorCorrection(["a"], ["a"], 1.0)
     assert sum(parameter.numel() for parameter in color.parameters()) == 0
-    assert torch.equal(
-        color(torch.ones(1, 1, 3, 2, 2), torch.zeros(1, 1, dtype=torch.long)), torch.ones(1, 1, 3, 2, 2)
-    )
+    assert torch.equal(color(torch.ones(1, 1, 3, 2, 2), torch.zeros(1, 1, dtype=torch.long)), torch.ones(1, 1, 3, 2, 2))
 
 
 def test_solve_gain_bias_recovers_known_colours_under_weights(generator):

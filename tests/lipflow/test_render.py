@@ -154,9 +154,7 @@ def test_transform_composition_is_that_of_matrices():
 def test_disagreeing_leading_dimensions_are_refused():
     renderer = Renderer(make_topology(QUAD_FACES, QUAD_UVS))
     with pytest.raises(ValueError, match="disagree"):
-        renderer.render(
-            tilted_quad()[None].expand(2, -1, -1), torch.zeros(1, 1, 1, 8, 8), camera_at_origin(), (8, 8)
-        )
+        renderer.render(tilted_quad()[None].expand(2, -1, -1), torch.zeros(1, 1, 1, 8, 8), camera_at_origin(), (8, 8))
 
 
 def test_fused_interpolation_equals_its_torch_twin_in_values_and_gradients():

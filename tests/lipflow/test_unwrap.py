@@ -26,9 +26,7 @@ def dome_mesh(rows=24, columns=24, radius=80.0):
     faces = np.array(faces, np.int64)
     uvs = np.stack([u, v], -1).reshape(-1, 2).astype(np.float32)
     vertices = np.stack([x, y, z], -1).reshape(-1, 3).astype(np.float32)
-    return Topology(faces, uvs, faces, np.ones((SIZE, SIZE), np.float32), {}, len(vertices)), torch.from_numpy(
-        vertices
-    )
+    return Topology(faces, uvs, faces, np.ones((SIZE, SIZE), np.float32), {}, len(vertices)), torch.from_numpy(vertices)
 
 
 def cameras_around(angles_deg, image=160, distance=600.0):

@@ -75,9 +75,7 @@ def test_capture_follows_the_protocol(capture):
 
 def test_cameras_come_back_as_they_were(capture):
     scene = dome_scene(CONFIG)
-    for read, made in zip(
-        (*capture.cameras, *capture.headset_cameras), (*scene.cameras, *scene.headset), strict=True
-    ):
+    for read, made in zip((*capture.cameras, *capture.headset_cameras), (*scene.cameras, *scene.headset), strict=True):
         assert read.camera_id == made.camera_id
         assert read.image_size_hw == made.image_size_hw
         np.testing.assert_allclose(read.intrinsics, made.intrinsics, rtol=1e-14)
@@ -260,9 +258,7 @@ def test_heads_move_a_little_and_stay_rigid():
     angle = np.degrees(np.arccos(np.clip((np.trace(turns, axis1=1, axis2=2) - 1) / 2, -1, 1)))
     assert 1.0 < angle.max() < 7.0
     assert np.abs(poses[:, :, 3] - [0, 0, 1025]).max() <= 5.0
-    np.testing.assert_allclose(
-        turns @ turns.transpose(0, 2, 1), np.broadcast_to(np.eye(3), turns.shape), atol=1e-12
-    )
+    np.testing.assert_allclose(turns @ turns.transpose(0, 2, 1), np.broadcast_to(np.eye(3), turns.shape), atol=1e-12)
 
 
 def test_unknown_config_key_is_refused():

@@ -183,9 +183,7 @@ def test_both_faces_have_the_same_landmarks_at_the_same_places(head, real):
                 assert place[0] > 5, name
             if "right" in name:
                 assert place[0] < -5, name
-        heights = [
-            places[name][1] for name in ("brow_left_middle", "eye_left_upper", "nose_tip", "lip_upper", "chin")
-        ]
+        heights = [places[name][1] for name in ("brow_left_middle", "eye_left_upper", "nose_tip", "lip_upper", "chin")]
         assert heights == sorted(heights, reverse=True)
         assert 50 < places["eye_left_outer"][0] - places["eye_right_inner"][0] < 75
     used = np.unique(real.topology.faces)

@@ -63,9 +63,7 @@ def test_a_frames_groups_hold_every_camera_once(order: Order, epoch: int):
 @settings(deadline=None)
 @given(orders, epochs, worlds)
 def test_the_order_is_a_pure_function_of_its_arguments(order: Order, epoch: int, world_size: int):
-    for first, second in zip(
-        _all_visits(order, epoch, world_size), _all_visits(order, epoch, world_size), strict=True
-    ):
+    for first, second in zip(_all_visits(order, epoch, world_size), _all_visits(order, epoch, world_size), strict=True):
         np.testing.assert_array_equal(first, second)
 
 

@@ -58,9 +58,7 @@ def test_member_offsets_are_exact(manifest: Manifest, shards_folder: Path):
     for shard in manifest.shards:
         with tarfile.open(shards_folder / shard.name) as tar:
             members = {member.name: member for member in tar}
-            promised = {
-                f"{s.frame_id}.{suffix}": place for s in shard.samples for suffix, place in s.members.items()
-            }
+            promised = {f"{s.frame_id}.{suffix}": place for s in shard.samples for suffix, place in s.members.items()}
             assert set(members) == set(promised)
             for name, (offset, size) in promised.items():
                 stream = tar.extractfile(members[name])
@@ -275,9 +273,7 @@ def test_view_textures_are_stored_on_request(own_dome_folder: Path, tmp_path: Pa
     folder = own_dome_folder / "unwrapped_uv_1024" / "EXP_smile" / "400002"
     folder.mkdir()
     Image.new("RGB", (32, 32), (9, 8, 7)).save(folder / "000001.png")
-    manifest = write_shards(
-        open_capture(own_dome_folder), ShardConfig(store_view_textures=True), str(tmp_path / "o")
-    )
+    manifest = write_shards(open_capture(own_dome_folder), ShardConfig(store_view_textures=True), str(tmp_path / "o"))
     with_texture = {
         (sample.frame_id, suffix)
         for shard in manifest.shards
