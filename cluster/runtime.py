@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -26,6 +25,10 @@ from lipflow.errors import LipflowError
 
 OBJECT_STORE_BYTES = 512 * 2**20
 """For a cluster of our own on one machine; tasks pass settings and records, never pixels."""
+
+
+FEWEST_CPUS = 2
+"""A cluster of our own offers at least as many, so that two training workers start even on a single core."""
 
 
 class ClusterError(LipflowError):
@@ -60,9 +63,8 @@ def ray_cluster() -> Iterator[None]:
                 "or unset it to run on this machine"
             ) from error
     else:
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         ray.init(
-            num_cpus=os.cpu_count(),
+            num_cpus=max(FEWEST_CPUS, os.cpu_count() or 1),
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
             _node_ip_address="127.0.0.1",
@@ -148,16 +150,13 @@ def unwrapped(error: BaseException) -> BaseException:
     """The error of ours inside Ray's, or a :class:`ClusterError`; other errors come back as they are."""
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, LipflowError):
+        # First: Ray derives its error from ours as well, with the remote traceback for a message.
+        if isinstance(cause, RayTaskError):
+            if isinstance(cause.cause, LipflowError):
+                return cause.cause
+        elif isinstance(cause, LipflowError):
             return cause
-        if isinstance(cause, RayTaskError) and isinstance(cause.cause, LipflowError):
-            return cause.cause
         cause = cause.__cause__
     if isinstance(error, RayError) and not isinstance(error, RayTaskError):
         return ClusterError(f"a task was lost and could not be repeated: {str(error).splitlines()[0]}")
     return error
-
-
-def is_terminal() -> bool:
-    """Whether somebody watches standard error."""
-    return sys.stderr.isatty()

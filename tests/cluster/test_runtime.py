@@ -38,7 +38,7 @@ def test_an_error_of_ours_comes_back_as_itself(ray_session):
             raise CaptureError("frame 7 is corrupt")
         return number
 
-    with pytest.raises(CaptureError, match="^frame 7 is corrupt$"):
+    with pytest.raises(CaptureError, match=r"^frame 7 is corrupt$"):
         map_tasks(refuse, [(0,), (1,), (2,)], description="refuse")
 
 

@@ -6,9 +6,11 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from ray.job_submission import JobStatus, JobSubmissionClient
 
 from cluster.recipe import dump_recipe
 from cluster.registry import find_version
@@ -23,27 +25,37 @@ RAY = str(Path(sys.executable).parent / "ray")
 
 
 class Submitter:
-    """Submits jobs to the session's cluster with the MLflow store of this test."""
+    """Submits jobs to the session's cluster with the MLflow store of this test; a job's id is its module's name."""
 
     def __init__(self, dashboard: str, tracking: TrackingConfig):
         self._dashboard = dashboard
+        self._client = JobSubmissionClient(dashboard)
         variables = {"MLFLOW_TRACKING_URI": tracking.uri, "OMP_NUM_THREADS": "1"}
         self._runtime_env = json.dumps({"env_vars": variables})
 
-    def start(self, module: str, *arguments: str) -> subprocess.Popen[str]:
+    def submit(self, job_id: str, module: str, *arguments: str, wait: bool = False) -> int:
+        """The exit code of ``ray job submit``."""
         command = [RAY, "job", "submit", "--address", self._dashboard, "--runtime-env-json", self._runtime_env]
+        command += ["--submission-id", job_id, *([] if wait else ["--no-wait"])]
         command += ["--", sys.executable, "-m", module, *arguments]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return subprocess.run(command, capture_output=True, text=True, timeout=120).returncode
+
+    def finish(self, job_id: str) -> str:
+        """The log of a job that must end with success."""
+        deadline = time.monotonic() + 150
+        while not (status := self._client.get_job_status(job_id)).is_terminal():
+            assert time.monotonic() < deadline, self.log(job_id)
+            time.sleep(0.2)
+        assert status == JobStatus.SUCCEEDED, self.log(job_id)
+        return self.log(job_id)
+
+    def log(self, job_id: str) -> str:
+        return self._client.get_job_logs(job_id)
 
     def run(self, module: str, *arguments: str) -> str:
-        """The job's log; fails if the job did."""
-        return self.finish(self.start(module, *arguments))
-
-    def finish(self, process: subprocess.Popen[str], exit_code: int = 0) -> str:
-        """The log of a job that must have ended with success, or with failure."""
-        log, _ = process.communicate(timeout=150)
-        assert process.returncode == exit_code, log
-        return log
+        """The log of a job that must end with success."""
+        assert self.submit(module, module, *arguments) == 0
+        return self.finish(module)
 
 
 @pytest.fixture(scope="module")
@@ -77,18 +89,19 @@ def test_every_job_runs_under_submission(
     capture, shard_set, out = (str(tmp_path / name) for name in ("capture", "shards", "avatar"))
 
     # The first three are independent of each other.
-    synthesis = submitter.start("cluster.synth", capture, *_dome_settings(shards.dome))
+    assert submitter.submit("synth", "cluster.synth", capture, *_dome_settings(shards.dome)) == 0
     settings = ("shard.frames_per_shard=3", "shard.splits.test_camera_count=2")
-    sharding = submitter.start("cluster.shard", shards.capture, shard_set, *_overrides(settings))
-    bad_recipe = submitter.start("cluster.train", shards.uri, str(tmp_path / "never"), "--set", "stepz=3")
-    log = submitter.finish(bad_recipe, exit_code=1)
+    assert submitter.submit("shard", "cluster.shard", shards.capture, shard_set, *_overrides(settings)) == 0
+    bad_recipe = ("cluster.train", shards.uri, str(tmp_path / "never"), "--set", "stepz=3")
+    assert submitter.submit("bad-recipe", *bad_recipe, wait=True) == 1
+    log = submitter.log("bad-recipe")
     assert "lipflow: error: recipe the defaults: unknown key 'stepz'; did you mean 'steps'?" in log
     assert "Traceback" not in log
     assert not (tmp_path / "never").exists()
-    submitter.finish(synthesis)
+    submitter.finish("synth")
     frame_list = Path(capture, "frame_list.txt")
     assert frame_list.read_bytes() == storage.read_bytes(storage.join(shards.capture, "frame_list.txt"))
-    submitter.finish(sharding)
+    submitter.finish("shard")
     assert ShardSet.open(shard_set).digest == shards.summary.digest
 
     submitter.run("cluster.train", shard_set, out, "--recipe", str(recipe))

@@ -64,7 +64,9 @@ def _listening_addresses(process: subprocess.Popen[bytes]) -> set[str]:
     """
     found = set()
     for member in psutil.Process(process.pid).children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+            if "RayTrainWorker" in member.cmdline()[0]:
+                continue
             listening = [c for c in member.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
             found |= {f"{c.laddr.ip.removeprefix('::ffff:')} {member.cmdline()[0]}" for c in listening}
     return found
