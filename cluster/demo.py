@@ -67,7 +67,7 @@ def _training(method: Literal["dam", "lipflow"], steps: int) -> TrainRecipe:
         loader=LoaderConfig(frames_per_batch=4, views_per_frame=2, signals=() if method == "dam" else DRIVING_SIGNALS),
         steps=steps,
         learning_rate=4e-3,
-        checkpoint_every_steps=100,
+        checkpoint_every_steps=140,
     )
 
 
@@ -93,17 +93,17 @@ class DemoRecipe(StrictConfig):
             val_segments=("SEN_four_shy_foxes",),
         ),
     )
-    dam: TrainRecipe = _training("dam", 400)
-    lipflow: TrainRecipe = _training("lipflow", 450)
+    dam: TrainRecipe = _training("dam", 260)
+    lipflow: TrainRecipe = _training("lipflow", 280)
     evaluate_dam: EvaluateRecipe = EvaluateRecipe(
-        fit=FitConfig(iterations=60, learning_rate=0.1, prior_weight=0.03),
-        max_frames=16,
+        fit=FitConfig(iterations=50, learning_rate=0.1, prior_weight=0.03),
+        max_frames=12,
         max_cameras=8,
         picture_frames=3,
     )
     evaluate_lipflow: EvaluateRecipe = EvaluateRecipe(
         fit=FitConfig(iterations=20, learning_rate=0.1, prior_weight=0.03),
-        max_frames=16,
+        max_frames=12,
         max_cameras=8,
         picture_frames=3,
     )
