@@ -8,7 +8,6 @@ folder to start over.
 from __future__ import annotations
 
 import os
-import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,37 +15,26 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import typer
 
 from cluster import command
-from cluster.charts import Chart
 from cluster.command import JsonOption, RecipeOption, SetOption
-from cluster.evaluate import (
-    EvaluateRecipe,
-    Evaluation,
-    EvaluationRow,
-    Interval,
-    evaluate,
-    picture_sheets,
-    png_bytes,
-)
-from cluster.pictures import COMPARISON_LABELS, comparison_row, contact_sheet, expose, suggested_exposure
+from cluster.demo_report import DemoOutcome, driven_side_by_side, headline_rows, report_content
+from cluster.evaluate import EvaluateRecipe, evaluate
+from cluster.evaluation import png_bytes
 from cluster.promote import PromoteRecipe, promote_model
 from cluster.recipe import load_recipe
-from cluster.report import HeadlineRow, Measured, Picture, QuadrantRow, ReportContent, print_table, render_report
+from cluster.report import HeadlineRow, print_table, render_report
 from cluster.runtime import ray_cluster
-from cluster.scoring import ENCODER, MEAN_FACE
 from cluster.shard import ShardRecipe, shard
 from cluster.synth import synthesise
-from cluster.tracking import TrackingConfig, code_version, open_client, resolve_tracking_uri
-from cluster.train import TrainRecipe, TrainSummary, train
+from cluster.tracking import TrackingConfig
+from cluster.train import TrainRecipe, train
 from lipflow.config import AvatarConfig, FitConfig, LossConfig, StrictConfig
 from lipflow.errors import ConfigError
 from lipflow.types import DRIVING_SIGNALS
 from pipeline import storage
 from pipeline.captures.dome import DomeConfig
-from pipeline.captures.photo import check_photo, has_photo
 from pipeline.loader import LoaderConfig
 from pipeline.shards import ShardConfig
 from pipeline.splits import SplitConfig
@@ -165,58 +153,17 @@ def demo(out_uri: str, recipe: DemoRecipe) -> DemoResult:
             raise ConfigError("lipflow.register_as is null: the demo promotes a registered model; name one")
         with clock.measure("promote"):
             decision = promote_model(candidate, PromoteRecipe(tracking=tracking))
-    headline = tuple(_headline(evaluations))
-    overview = _overview(evaluations["lipflow"])
+    headline = tuple(headline_rows(evaluations))
+    overview = driven_side_by_side(evaluations["lipflow"])
     storage.write_bytes(storage.join(out_uri, "overview.png"), png_bytes(overview.image))
     report_uri = storage.join(out_uri, "report.html")
-    content = ReportContent(
-        title="LiP-Flow demo",
-        summary=_summary(evaluations),
-        headline=headline,
-        protocol=("expressions held out of training, seen by evenly spread training cameras without the frontal one"),
-        reading=_READING,
-        quadrants=_quadrants(evaluations),
-        quadrants_note=(
-            f"Held-out cameras have no colour parameters; 'calibrated' solves their gain and bias on segment "
-            f"{evaluations['lipflow'].calibration_segment}, a training segment."
-        ),
-        pictures=[overview, *_photo_picture(recipe), *_pictures(evaluations)],
-        training_curves=_training_curves(tracking, trained),
-        fit_curves=_fit_curves(evaluations),
-        facts={
-            "Data": {
-                "capture": "real face asset" if recipe.dome.face else "procedural head",
-                "frames": ", ".join(f"{count} {split}" for split, count in shards.frames.items()),
-                "cameras": f"{shards.cameras}, of which {len(shards.held_out_cameras)} held out",
-                "shard set": shards.digest[:16],
-            },
-            "Runs": {f"{name} training": summary.run_id for name, summary in trained.items()}
-            | {f"{name} evaluation": evaluation.run_id for name, evaluation in evaluations.items()}
-            | {"registered model": candidate, "promotion": decision.reason},
-            "Durations": {name: f"{seconds:.0f} s" for name, seconds in clock.seconds.items()},
-            "Environment": {
-                "code": code_version(),
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "CPU cores": os.cpu_count(),
-                "MLflow": resolve_tracking_uri(tracking),
-            },
-        },
-        config=recipe.model_dump(mode="json"),
+    content = report_content(
+        DemoOutcome(recipe.dome.face, shards, trained, evaluations, decision, clock.seconds, tracking),
+        overview,
+        recipe.model_dump(mode="json"),
     )
     render_report(report_uri, content)
     return DemoResult(report_uri, headline, candidate, decision.promoted, clock.seconds)
-
-
-_READING = (
-    "Every row decodes a whole face from a latent code. 'hmc', 'frontal' and 'keypoints' see only headset views, one "
-    "image, or 2-D landmarks of the frame; the code is fitted to that signal under the method's prior.",
-    "'dam' fits under N(0, I) from z = 0; 'lipflow' under the conditional flow prior from its mean; 'start' is that "
-    "mean without any fit.",
-    "The mean face is what a model that learned nothing would show. The encoder sees the full capture: a bound on "
-    "what fitting can reach with this decoder.",
-    "All rows are scored on the pixels that the tracked mesh covers; ranges are 95 % bootstrap intervals over frames.",
-)
 
 
 class _Clock:
@@ -237,141 +184,6 @@ def _tracking_beside(out_uri: str) -> TrackingConfig:
     if os.environ.get("MLFLOW_TRACKING_URI") or not storage.is_local(out_uri):
         return TrackingConfig()
     return TrackingConfig(uri=f"sqlite:///{storage.local_path(out_uri)}/mlflow.db")
-
-
-def _measured(interval: Interval) -> Measured:
-    return Measured(interval.mean, interval.low, interval.high)
-
-
-def _headline_row(method: str, signal: str | None, row: EvaluationRow) -> HeadlineRow:
-    return HeadlineRow(method, signal, _measured(row.psnr_db), _measured(row.geometry_rmse_mm))
-
-
-def _headline(evaluations: dict[str, Evaluation]) -> Iterator[HeadlineRow]:
-    for signal in DRIVING_SIGNALS:
-        for method, evaluation in evaluations.items():
-            if signal not in evaluation.fit_traces:
-                continue
-            if method != "dam":
-                yield _headline_row(f"{method}, start", signal, evaluation.row(signal))
-            yield _headline_row(method, signal, evaluation.row(signal, fitted=True))
-    yield _headline_row(MEAN_FACE, None, next(iter(evaluations.values())).row(MEAN_FACE))
-    for method, evaluation in evaluations.items():
-        yield _headline_row(f"{method}, {ENCODER}", None, evaluation.row(ENCODER))
-
-
-def _summary(evaluations: dict[str, Evaluation]) -> str:
-    evaluation = evaluations["lipflow"]
-    mean_face = evaluation.row(MEAN_FACE)
-    driven = [evaluation.row(signal, fitted=True) for signal in evaluation.fit_traces]
-    psnr = min(row.psnr_db.mean for row in driven)
-    rmse = max(row.geometry_rmse_mm.mean for row in driven)
-    return (
-        f"On held-out expressions the driven LiP-Flow avatar reaches at least {psnr:.1f} dB and at most {rmse:.2f} mm, "
-        f"whichever signal drives it; the mean face {mean_face.psnr_db.mean:.1f} dB and "
-        f"{mean_face.geometry_rmse_mm.mean:.2f} mm."
-    )
-
-
-def _quadrants(evaluations: dict[str, Evaluation]) -> list[QuadrantRow]:
-    return [
-        QuadrantRow(
-            method=f"{method}, calibrated" if row.calibrated else method,
-            cameras=row.cameras,
-            expressions=row.expressions,
-            image_psnr_db=_measured(row.psnr_db),
-            geometry_rmse_mm=_measured(row.geometry_rmse_mm),
-            frames=row.frames,
-            ssim=_measured(row.ssim),
-        )
-        for method, evaluation in evaluations.items()
-        for row in evaluation.rows
-        if row.latent == ENCODER
-    ]
-
-
-def _overview(evaluation: Evaluation) -> Picture:
-    """One row a held-out frame: the photo, and the avatar driven by each signal."""
-    photos = {picture.frame_id: picture.photo for picture in evaluation.pictures}
-    exposure = suggested_exposure(list(photos.values()))
-    signals = [signal for signal in DRIVING_SIGNALS if signal in evaluation.fit_traces]
-    driven = {(picture.frame_id, picture.latent): picture.reconstruction for picture in evaluation.pictures}
-    rows = [
-        [expose(image, exposure) for image in (photo, *(driven[frame_id, signal] for signal in signals))]
-        for frame_id, photo in photos.items()
-    ]
-    sheet = contact_sheet(
-        rows, column_labels=("photo", *(f"driven by {signal}" for signal in signals)), colour_bar=False
-    )
-    return Picture(
-        title="One avatar, several drivers",
-        caption="Held-out expressions. Each driver sees only its own signal; the photo's camera shows none of them.",
-        image=sheet,
-        description="Rows of a photo and its reconstructions from headset views, a frontal image and keypoints.",
-    )
-
-
-def _pictures(evaluations: dict[str, Evaluation]) -> list[Picture]:
-    return [
-        Picture(
-            title=f"Driven by {latent}" if latent != ENCODER else "Encoder",
-            caption="Photo, reconstruction, and absolute error on held-out expressions.",
-            image=sheet,
-            description=f"Rows of photo, reconstruction and error heat map; latent codes from {latent}.",
-        )
-        for latent, sheet in picture_sheets(evaluations).items()
-    ]
-
-
-def _photo_picture(recipe: DemoRecipe) -> list[Picture]:
-    """The real head against its real photo, where the face asset has one."""
-    face = recipe.dome.face
-    if face is None or not has_photo(face):
-        return []
-    check = check_photo(face)
-    exposure = suggested_exposure([check.photo])
-    row = comparison_row(check.photo, check.rendering, mask=check.mask, exposure=exposure)
-    return [
-        Picture(
-            title="Photo check",
-            caption=(
-                f"The tracked mesh with its texture in the photo's camera, one gain and bias a channel: "
-                f"{check.psnr_db:.1f} dB."
-            ),
-            image=contact_sheet([row], column_labels=COMPARISON_LABELS, tile_height_px=512),
-            description="A real photo, the rendered head, and their difference.",
-        )
-    ]
-
-
-def _training_curves(tracking: TrackingConfig, trained: dict[str, TrainSummary]) -> list[Chart]:
-    client = open_client(tracking)
-
-    def curves(metric: str) -> dict[str, tuple[list[float], list[float]]]:
-        found = {}
-        for method, summary in trained.items():
-            history = sorted(client.get_metric_history(summary.run_id, metric), key=lambda point: point.step)
-            found[method] = ([float(point.step) for point in history], [point.value for point in history])
-        return found
-
-    return [
-        Chart("Image loss", "step", "units of the texture variance", curves("train/image"), log_y=True),
-        Chart("Geometry loss", "step", "units of the vertex variance", curves("train/geometry"), log_y=True),
-        Chart("Validation loss", "step", "image + geometry", curves("val/loss"), log_y=True),
-    ]
-
-
-def _fit_curves(evaluations: dict[str, Evaluation]) -> list[Chart]:
-    charts = []
-    for signal in DRIVING_SIGNALS:
-        curves = {
-            method: (list(range(len(trace))), trace)
-            for method, evaluation in evaluations.items()
-            if (trace := evaluation.fit_traces.get(signal))
-        }
-        if curves:
-            charts.append(Chart(f"Fit to {signal}", "iteration", "observed loss, mean over frames", curves, log_y=True))
-    return charts
 
 
 def demo_command(

@@ -46,6 +46,7 @@ from cluster.run import Run
 from cluster.runtime import progress_bar, ray_cluster, unwrapped
 from cluster.tracking import initialise, tracked_run
 from cluster.training_loop import AVATAR_FOLDER, TrainRecipe, train_worker
+from lipflow.checkpoint import load_avatar
 from lipflow.errors import ConfigError, LipflowError
 from pipeline import storage
 from pipeline.loader import ShardSet
@@ -254,7 +255,7 @@ def _raised_by_worker(error: BaseException) -> BaseException:
 
 
 def _register(folder: Path, run: Run, recipe: TrainRecipe, shards: ShardSet) -> str | None:
-    if recipe.register_as is None or recipe.avatar.method == "dam":
+    if recipe.register_as is None or not load_avatar(folder).signals:
         return None
     example = shards.frames(shards.frame_ids("val")[:1], shards.train_camera_ids[:1]).driving
     version = register_avatar(folder, run, example=example, shards_digest=shards.digest, name=recipe.register_as)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.evaluate import EvaluateRecipe, Evaluation, evaluate
+from cluster.evaluate import EvaluateRecipe, evaluate
+from cluster.evaluation import Evaluation
 from cluster.promote import PromoteRecipe, promote_model
 from cluster.promotion import PromotionDecision
 from cluster.registry import download_model, find_version

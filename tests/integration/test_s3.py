@@ -11,7 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster.evaluate import EvaluateRecipe, Evaluation, evaluate
+from cluster.evaluate import EvaluateRecipe, evaluate
+from cluster.evaluation import Evaluation
 from cluster.registry import download_model
 from cluster.shard import ShardRecipe, ShardSummary, shard
 from cluster.synth import synthesise
