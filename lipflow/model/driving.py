@@ -59,20 +59,13 @@ class SeenKeypoints:
 
 def headset_views(driving: DrivingSignals) -> SeenViews:
     """The ``hmc`` signal; LipflowError if a part of it is missing."""
-    return SeenViews(
-        _required(driving.hmc_images, "hmc_images"),
-        _required(driving.hmc_present, "hmc_present"),
-        _required(driving.hmc_cameras, "hmc_cameras"),
-    )
+    return SeenViews(*_headset_images(driving), _required(driving.hmc_cameras, "hmc_cameras"))
 
 
 def frontal_view(driving: DrivingSignals) -> SeenViews:
     """The ``frontal`` signal as one view of each frame; LipflowError if a part of it is missing."""
-    return SeenViews(
-        _required(driving.frontal_images, "frontal_images")[:, None],
-        _required(driving.frontal_present, "frontal_present")[:, None],
-        map_tensors(_required(driving.frontal_cameras, "frontal_cameras"), lambda tensor: tensor[:, None]),
-    )
+    cameras = map_tensors(_required(driving.frontal_cameras, "frontal_cameras"), lambda tensor: tensor[:, None])
+    return SeenViews(*_frontal_images(driving), cameras)
 
 
 def seen_keypoints(driving: DrivingSignals) -> SeenKeypoints:
@@ -116,10 +109,15 @@ class _ImageNormalizer(nn.Module):
         self.register_buffer("mean", torch.full((cameras, channels, size, size), _IMAGE_CENTRE))
         self.register_buffer("spread", torch.tensor(_IMAGE_SPREAD))
 
-    def measure(self, views: SeenViews) -> None:
-        """Take the statistics of the present images: a mean image for each camera, one spread for all."""
-        images = _resized(views.images, self.size)
-        present = views.present[..., None, None, None].to(images.dtype)
+    def measure(self, images: Tensor, present: Tensor) -> None:
+        """Take the statistics of the present images: a mean image for each camera, one spread for all.
+
+        Args:
+            images: ``(B, C, channels, h, w)`` uint8.
+            present: ``(B, C)`` bool.
+        """
+        images = _resized(images, self.size)
+        present = present[..., None, None, None].to(images.dtype)
         count = present.sum(0)
         mean = (images * present).sum(0) / count.clamp(min=1)
         self.mean.copy_(torch.where(count > 0, mean, _IMAGE_CENTRE))
@@ -163,18 +161,18 @@ class HeadsetDriver(nn.Module):
 
     def forward(self, driving: DrivingSignals, generator: torch.Generator | None) -> DiagonalGaussian:
         """P(y | h), ``(B, D)``; with a generator, views are hidden at random."""
-        views = headset_views(driving)
-        feature = self.tower(self.normalize(views.images).flatten(0, 1))
-        feature = self.view_fc(feature).unflatten(0, views.present.shape) + self.camera_embedding
+        images, present = _headset_images(driving)
+        feature = self.tower(self.normalize(images).flatten(0, 1))
+        feature = self.view_fc(feature).unflatten(0, present.shape) + self.camera_embedding
         feature = leaky(self.camera_fc(leaky(feature)))
-        mask = _drop(views.present, self.dropout, generator)[..., None]
+        mask = _drop(present, self.dropout, generator)[..., None]
         # where, not a product: an absent view may hold anything.
         feature = torch.where(mask, feature, 0.0).sum(1) / mask.sum(1).clamp(min=1)
         return self.head(feature)
 
     def measure(self, driving: DrivingSignals) -> None:
         """Take the statistics of the headset images; see :meth:`lipflow.model.avatar.Avatar.measure_driving`."""
-        self.normalize.measure(headset_views(driving))
+        self.normalize.measure(*_headset_images(driving))
 
 
 class FrontalDriver(nn.Module):
@@ -189,11 +187,11 @@ class FrontalDriver(nn.Module):
     def forward(self, driving: DrivingSignals, generator: torch.Generator | None) -> DiagonalGaussian:
         """P(y | h), ``(B, D)``."""
         del generator  # nothing to hide: without its only image the signal is absent
-        return self.head(self.tower(self.normalize(frontal_view(driving).images)[:, 0]))
+        return self.head(self.tower(self.normalize(_frontal_images(driving)[0])[:, 0]))
 
     def measure(self, driving: DrivingSignals) -> None:
         """Take the statistics of the frontal images; see :meth:`lipflow.model.avatar.Avatar.measure_driving`."""
-        self.normalize.measure(frontal_view(driving))
+        self.normalize.measure(*_frontal_images(driving))
 
 
 class KeypointDriver(nn.Module):
@@ -249,6 +247,17 @@ def _required(part: _T | None, name: str) -> _T:
     if part is None:
         raise LipflowError(f"the driving signals lack {name}: give them with it, or use another signal")
     return part
+
+
+def _headset_images(driving: DrivingSignals) -> tuple[Tensor, Tensor]:
+    """Images and presence of the headset views: all that a driver sees, without the cameras that a fit needs."""
+    return _required(driving.hmc_images, "hmc_images"), _required(driving.hmc_present, "hmc_present")
+
+
+def _frontal_images(driving: DrivingSignals) -> tuple[Tensor, Tensor]:
+    """Images and presence of the frontal camera, as one view of each frame."""
+    images = _required(driving.frontal_images, "frontal_images")
+    return images[:, None], _required(driving.frontal_present, "frontal_present")[:, None]
 
 
 def _mm_per_pixel(intrinsics: Tensor, depth: Tensor) -> Tensor:
