@@ -2,7 +2,7 @@
 
 Visibility is the renderer's own (:mod:`lipflow.render.cpu`) on a finer grid; the visible points are then looked up
 in the texture and averaged over each pixel in one pass. The result is that of
-:class:`lipflow.render.renderer.Renderer` with a box filter over the same grid, at a fraction of its cost.
+:class:`lipflow.render.renderer.Renderer` with a box filter over the same grid.
 """
 
 from __future__ import annotations

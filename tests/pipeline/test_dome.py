@@ -123,7 +123,7 @@ def test_rendered_mesh_covers_the_image_silhouette_in_every_camera(capture):
     for camera, rendered in zip(capture.cameras, mask.numpy(), strict=True):
         seen = picture(frame.image_file(camera.camera_id)).max(axis=-1) > 4
         assert seen.mean() > 0.15
-        # Measured 1.0 on all cameras: one sample a pixel, and both rasterise alike.
+        # One sample a pixel, and both rasterise alike.
         assert (seen & rendered).sum() / (seen | rendered).sum() >= 0.98
 
 
@@ -141,7 +141,7 @@ def test_pictures_agree_with_the_differentiable_renderer():
     out = Renderer(scene.face.topology).render(torch.from_numpy(scene.face.neutral)[None], colours, views, size)
     expected = torch.nn.functional.avg_pool2d(out.image[0], supersampling)[0].permute(1, 2, 0).numpy()
     coverage = torch.nn.functional.avg_pool2d(out.mask.float()[0], supersampling)[0].numpy()
-    # float32 poses in the renderer, float64 here: a few samples at edges change sides (measured: 3 pixels).
+    # float32 poses in the renderer, float64 here: a few samples at edges change sides.
     differs = np.abs(mine[..., :3] - expected).max(axis=-1) > 0.5
     assert differs.mean() < 2e-3
     assert (np.abs(mine[..., 3] - coverage) > 1e-6).mean() < 2e-3
