@@ -2,19 +2,62 @@
 
 A capture is read lazily: opening it lists cameras and frames, and nothing else is read before a method of a frame
 is called. A file that the capture lacks is None (a recorded fact); a file that is there and cannot be used is a
-:class:`~lipflow.errors.CaptureError` that names it.
+:class:`~lipflow.errors.CaptureError` that names it (:mod:`pipeline.capture_errors` has one class for each fault).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
 from lipflow.errors import CaptureError
 from lipflow.types import Camera, Normalization, Topology
+from pipeline import storage
+
+AssetKind = Literal["vertices", "pose", "average_texture", "image", "view_texture", "headset", "keypoints"]
+"""The files that a frame can have. ``image``, ``view_texture`` and ``headset`` come once for each camera."""
+
+
+@dataclass(frozen=True)
+class Asset:
+    """A file of a capture that is there, or has to be.
+
+    Attributes:
+        source: its address; of a member of an archive, ``ARCHIVE!MEMBER``.
+        check: reads and decodes it whole; raises a LipflowError that says what is wrong with it.
+    """
+
+    source: str
+    check: Callable[[], object]
+
+
+@dataclass(frozen=True)
+class SegmentListing:
+    """The frame stems of one segment that have a file of each kind, by listing alone: no file is opened.
+
+    Stems that the frame list does not name may be among them.
+
+    Attributes:
+        vertices: tracked meshes.
+        poses: head poses.
+        average_textures: textures averaged over cameras.
+        images: dome camera id to stems.
+        view_textures: dome camera id to stems.
+        headset: headset camera id to stems.
+        keypoints: stored 2-D keypoints.
+    """
+
+    vertices: frozenset[str]
+    poses: frozenset[str]
+    average_textures: frozenset[str]
+    images: Mapping[str, frozenset[str]]
+    view_textures: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    headset: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    keypoints: frozenset[str] = frozenset()
 
 
 @runtime_checkable
@@ -36,7 +79,7 @@ class CaptureFrame(Protocol):
         """``(3, 4)`` float64 rigid head pose, mm."""
 
     def average_texture_file(self) -> bytes | None:
-        """PNG of the texture averaged over cameras; row 0 of the file is v = 1. None if the capture lacks it."""
+        """The encoded texture averaged over cameras; row 0 of the file is v = 1. None if the capture lacks it."""
 
     def image_file(self, camera_id: str) -> bytes | None:
         """The encoded image of one camera; None if the view is missing."""
@@ -48,12 +91,44 @@ class CaptureFrame(Protocol):
         """The encoded monochrome image of one headset camera; None if it is missing."""
 
     def keypoints(self) -> np.ndarray | None:
-        """``(L, 3)`` float32 x_px, y_px in the frontal camera and confidence 0..1, in ``keypoint_names`` order."""
+        """``(L, 3)`` float32 x_px, y_px and confidence 0..1, in ``keypoint_names`` order.
+
+        Pixels are those of the frontal camera without its lens distortion.
+        """
+
+    def source_of(self, kind: AssetKind, camera_id: str | None = None) -> str:
+        """Where a file of the frame lies (or would lie), for messages and reports."""
+
+    def assets(self) -> Iterator[Asset]:
+        """Every file of the frame that is there, and those that have to be; nothing is read before a check."""
+
+
+@runtime_checkable
+class HeadsetSequence(Protocol):
+    """Frames of a headset worn by the captured subject at another time: not paired with the dome's frames."""
+
+    @property
+    def camera_ids(self) -> tuple[str, ...]:
+        """The headset's cameras, which have no calibration."""
+
+    @property
+    def segments(self) -> dict[str, tuple[str, ...]]:
+        """Segment to its sorted frame stems."""
+
+    def image_file(self, segment: str, frame: str, camera_id: str) -> bytes | None:
+        """The encoded monochrome image; None if it is missing."""
+
+    def assets(self, segment: str, frame: str) -> Iterator[Asset]:
+        """The images of one frame that are there."""
 
 
 @runtime_checkable
 class Capture(Protocol):
     """Cameras, topology and frames of one captured subject."""
+
+    @property
+    def layout(self) -> str:
+        """The name of the layout it was read in, such as ``"multiface"``."""
 
     @property
     def uri(self) -> str:
@@ -93,16 +168,40 @@ class Capture(Protocol):
     def normalization(self) -> Normalization | None:
         """Statistics from the capture's own files (over all of its segments); None where it has none."""
 
+    def listing(self, segment: str) -> SegmentListing:
+        """Which files of a segment are there; a few listings of folders, or none, and no file is opened."""
+
+    def shared_assets(self) -> Iterator[Asset]:
+        """The files that belong to no single frame: calibration, topology, statistics, audio."""
+
+    def notes(self) -> tuple[str, ...]:
+        """What else it holds, a line each, such as audio; for people."""
+
+    @property
+    def headset_sequence(self) -> HeadsetSequence | None:
+        """The unpaired headset capture of the same subject; None if there is none."""
+
 
 def open_capture(uri: str | Path) -> Capture:
-    """Open the capture at a path, ``file://`` or ``s3://`` URI.
+    """Open the capture at a path, ``file://`` or ``s3://`` URI, in whichever layout it is.
 
     Raises:
         CaptureError: there is no capture, or its calibration or frame list cannot be used.
     """
+    from pipeline.captures.ava256 import Ava256Capture
+    from pipeline.captures.goliath import refuse_goliath
     from pipeline.captures.multiface import MultifaceCapture
 
-    return MultifaceCapture(str(uri))
+    folder = storage.normalize_uri(uri)
+    if MultifaceCapture.is_at(folder):
+        return MultifaceCapture(folder)
+    refuse_goliath(folder)
+    if Ava256Capture.is_at(folder):
+        return Ava256Capture(folder)
+    raise CaptureError(
+        f"{folder}: not a capture: it has neither KRT and frame_list.txt (Multiface) nor "
+        "decoder/camera_calibration.json and decoder/frame_list.csv (Ava-256); give the folder that holds them"
+    )
 
 
 def require_pinhole(cameras: Iterable[Camera], source: str) -> None:

@@ -1,1 +1,1 @@
-"""Captures: their readers, and the synthetic dome that writes one."""
+"""Readers of captures, a layout each, and the file formats that layouts are made of."""

@@ -14,6 +14,8 @@ import numpy as np
 
 from lipflow.errors import CaptureError
 from lipflow.types import Camera
+from pipeline.capture_errors import DuplicateCameraError
+from pipeline.captures.tracked import check_camera
 
 _BLOCK_SHAPES = ((3, 3), (1, 5), (3, 4))
 _PIXEL_CENTRE = 0.5
@@ -28,8 +30,9 @@ def parse_krt(text: str, image_size_hw: tuple[int, int], source: str) -> tuple[C
         source: path named in errors.
 
     Raises:
-        CaptureError: a line that is not what the format wants there, a camera id that comes twice, a rotation that
-            is none, or no camera at all.
+        DuplicateCameraError: a camera id that comes twice.
+        SingularIntrinsicsError: a K that is no pinhole camera's.
+        CaptureError: a line that is not what the format wants there, a rotation that is none, or no camera at all.
     """
     lines = [(number, line.split()) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
     if not lines:
@@ -42,15 +45,16 @@ def parse_krt(text: str, image_size_hw: tuple[int, int], source: str) -> tuple[C
             raise CaptureError(f"{source}:{number}: expected a camera id alone on its line, found {len(words)} words")
         camera_id = words[0]
         if camera_id in cameras:
-            raise CaptureError(f"{source}:{number}: camera {camera_id} is calibrated twice; remove one of the two")
+            raise DuplicateCameraError(
+                f"{source}:{number}: camera {camera_id} is calibrated twice; remove one of the two"
+            )
         position += 1
         blocks = []
         for rows, columns in _BLOCK_SHAPES:
             blocks.append(_parse_block(lines, position, rows, columns, camera_id, source))
             position += rows
         intrinsics, distortion, cam_from_world = blocks
-        if not np.allclose(cam_from_world[:, :3] @ cam_from_world[:, :3].T, np.eye(3), atol=1e-3):
-            raise CaptureError(f"{source}:{lines[position - 3][0]}: R of camera {camera_id} is not a rotation")
+        check_camera(intrinsics, cam_from_world, camera_id, f"{source}:{number}")
         intrinsics[:2, 2] += _PIXEL_CENTRE
         cameras[camera_id] = Camera(camera_id, intrinsics, cam_from_world, image_size_hw, distortion[0])
     return tuple(cameras.values())

@@ -1,7 +1,9 @@
 """The Multiface reader on captures that are broken in one way each, and the files it is made of."""
 
+import io
 import json
 import re
+import wave
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +12,11 @@ from PIL import Image
 
 from lipflow.errors import CaptureError
 from lipflow.types import Camera
-from pipeline.capture import open_capture, require_pinhole
+from pipeline.capture import SegmentListing, open_capture, require_pinhole
 from pipeline.captures.krt import format_krt, parse_krt
+from pipeline.captures.multiface_frame import check_wav
 from pipeline.captures.obj import ObjMesh, format_obj, parse_obj
+from pipeline.codecs import CodecError
 
 BLOCK = "{}\n100 0 8\n0 100 12\n0 0 1\n0 0 0 0 0\n1 0 0 0\n0 1 0 0\n0 0 1 900\n\n"
 MESH = ObjMesh(
@@ -71,7 +75,7 @@ def test_plain_capture_without_extras_is_read(folder):
     assert capture.frontal_camera_id is None
     assert capture.keypoint_names == ()
     assert capture.normalization() is None
-    np.testing.assert_array_equal(capture.topology.weight_mask, np.ones((8, 8)))
+    np.testing.assert_array_equal(capture.topology.weight_mask, np.ones((1, 1)))
     frame = capture.frame("S1", "000010")
     assert frame.image_file("400001") is None
     assert frame.image_file("400002") is not None
@@ -85,10 +89,11 @@ def test_plain_capture_without_extras_is_read(folder):
 @pytest.mark.parametrize(
     ("change", "use", "message"),
     [
-        ({"KRT": None, "frame_list.txt": None}, "open", "not a capture: it has neither KRT nor frame_list.txt"),
-        ({"frame_list.txt": None}, "open", "frame_list.txt is missing"),
-        ({"KRT": None}, "open", "KRT is missing"),
+        ({"KRT": None, "frame_list.txt": None}, "open", "not a capture: it has neither KRT and frame_list.txt"),
+        ({"frame_list.txt": None}, "open", "frame_list.txt: the file is missing"),
+        ({"KRT": None}, "open", "KRT: the file is missing"),
         ({"frame_list.txt": "S1 1 2\n"}, "open", "frame_list.txt:1: expected 'SEGMENT FRAME', found 'S1 1 2'"),
+        ({"frame_list.txt": "S1 1\nE2\n"}, "open", "frame_list.txt:2: E2 is listed without a frame"),
         ({"frame_list.txt": "../up 1\n"}, "open", "frame_list.txt:1: expected 'SEGMENT FRAME'"),
         ({"frame_list.txt": "\n"}, "open", "no frame is listed"),
         ({"KRT": "400001\n1 0\n"}, "cameras", "KRT:2: expected 3 numbers of camera 400001, found '1 0'"),
@@ -96,6 +101,8 @@ def test_plain_capture_without_extras_is_read(folder):
         ({"KRT": BLOCK.format("7") * 2}, "cameras", "KRT:10: camera 7 is calibrated twice"),
         ({"KRT": BLOCK.format("7")[:24]}, "cameras", "the file ends inside the calibration of camera 7"),
         ({"KRT": BLOCK.format("7").replace("0 1 0 0", "0 2 0 0")}, "cameras", "R of camera 7 is not a rotation"),
+        ({"KRT": BLOCK.format("7").replace("100 0 8", "0 0 8")}, "cameras", "KRT:1: K of camera 7 is singular"),
+        ({"KRT": BLOCK.format("7").replace("0 0 1\n0 0 0", "0 0 0\n0 0 0")}, "cameras", "K of camera 7 is singular"),
         ({"KRT": BLOCK.format("7").replace("100 0 8", "nan 0 8")}, "cameras", "KRT:2: expected 3 numbers"),
         ({"KRT": ""}, "cameras", "no camera in it"),
         ({"images/S1/400002/000010.png": None}, "cameras", "no image tells the cameras' resolution"),
@@ -125,7 +132,7 @@ def test_plain_capture_without_extras_is_read(folder):
         ({"driving/frontal.json": "{"}, "frontal_camera_id", "frontal.json: not JSON"),
         ({"driving/landmarks.json": '{"nose": 4}'}, "topology", "nose is no index of the 4 vertices"),
         ({"driving/headset.json": '[{"camera_id": "e"}]'}, "headset_cameras", "headset.json: expected camera_id"),
-        ({"driving/keypoints/S1/000010.npy": b"x"}, "keypoints", "000010.npy: not an npy array"),
+        ({"driving/keypoints/S1/000010.npy": b"x"}, "keypoints", "000010.npy: not a whole npy array"),
     ],
 )
 def test_broken_capture_is_refused_in_one_line(folder, change, use, message):
@@ -134,9 +141,62 @@ def test_broken_capture_is_refused_in_one_line(folder, change, use, message):
             (folder / name).unlink()
         else:
             write(folder, {name: body})
-    with pytest.raises(CaptureError, match=re.escape(message)) as caught:
+    with pytest.raises((CaptureError, CodecError), match=re.escape(message)) as caught:
         use_capture(folder, use)
     assert "\n" not in str(caught.value)
+
+
+def test_one_broken_or_odd_image_does_not_decide_the_resolution(folder):
+    for number, size in enumerate([(5, 5), (16, 24), (16, 24)]):
+        path = folder / f"images/S1/40000{number}/000002.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", size).save(path)
+    write(folder, {"images/S1/400000/000001.png": b"no image", "images/S1/400003/000002.png": b"no image"})
+    assert open_capture(folder).cameras[0].image_size_hw == (24, 16)
+
+
+def test_listing_names_what_lies_there(folder):
+    write(
+        folder,
+        {
+            "audio/S1.wav": b"",
+            "images/S1/400001/000002.png": b"",
+            "unwrapped_uv_1024/S1/400002/000010.png": b"",
+            "driving/headset/S1/left-eye/000010.png": b"",
+            "driving/keypoints/S1/000002.npy": b"",
+        },
+    )
+    capture = open_capture(folder)
+    assert capture.listing("S1") == SegmentListing(
+        vertices=frozenset({"000010"}),
+        poses=frozenset({"000010"}),
+        average_textures=frozenset({"000002"}),
+        images={"400001": frozenset({"000002"}), "400002": frozenset({"000010"})},
+        view_textures={"400002": frozenset({"000010"})},
+        headset={"left-eye": frozenset({"000010"})},
+        keypoints=frozenset({"000002"}),
+    )
+    assert capture.notes() == ("audio of 1 of 1 segments",)
+    assert capture.audio_file("S1") == b""
+    assert capture.audio_file("S2") is None
+
+
+@pytest.mark.parametrize("body", [b"RIFF", b"", b"RIFF\x24\0\0\0WAVEfmt "])
+def test_broken_audio_is_refused(body):
+    with pytest.raises(CaptureError, match=r"a\.wav: not a readable WAV"):
+        check_wav(body, "a.wav")
+
+
+def test_audio_that_is_cut_off_is_refused():
+    stream = io.BytesIO()
+    with wave.open(stream, "wb") as sound:
+        sound.setnchannels(1)
+        sound.setsampwidth(2)
+        sound.setframerate(8000)
+        sound.writeframes(bytes(400))
+    check_wav(stream.getvalue(), "a.wav")
+    with pytest.raises(CaptureError, match="300 bytes of sound, but its header says 400"):
+        check_wav(stream.getvalue()[:-100], "a.wav")
 
 
 def test_frame_that_is_not_listed_is_refused(folder):
@@ -155,7 +215,7 @@ def test_keypoints_of_another_length_are_refused(folder):
 def test_pickled_keypoints_are_refused(folder):
     (folder / "driving/keypoints/S1").mkdir(parents=True)
     np.save(folder / "driving/keypoints/S1/000010.npy", np.array([{}], dtype=object), allow_pickle=True)
-    with pytest.raises(CaptureError, match="not an npy array"):
+    with pytest.raises(CaptureError, match="not a whole npy array of numbers"):
         open_capture(folder).frame("S1", "000010").keypoints()
 
 
