@@ -50,3 +50,12 @@ def cam_from_head_tensor(cam_from_world: np.ndarray, world_from_head: np.ndarray
     """``cam_from_world @ world_from_head`` as a float32 tensor ``(..., 3, 4)``, composed in float64."""
     composed = compose(np.asarray(cam_from_world, np.float64), np.asarray(world_from_head, np.float64))
     return torch.from_numpy(composed.astype(np.float32))
+
+
+def look_at(centre: np.ndarray, target: np.ndarray, up: tuple[float, float, float]) -> np.ndarray:
+    """``(3, 4)`` camera pose (OpenCV axes) at ``centre`` looking at ``target`` with ``up`` upwards in the image."""
+    forward = (target - centre) / np.linalg.norm(target - centre)
+    right = np.cross(forward, up)
+    right = right / np.linalg.norm(right)
+    rotation = np.stack([right, np.cross(forward, right), forward])
+    return np.concatenate([rotation, -(rotation @ centre)[:, None]], axis=1)

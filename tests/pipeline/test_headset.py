@@ -5,13 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lipflow.render.camera import compose
+from lipflow.render.camera import compose, look_at
 from lipflow.types import Camera
-from pipeline.captures.face import FaceAsset, procedural_face
-from pipeline.captures.headset import headset_cameras, headset_exposure, headset_gains
-from pipeline.captures.landmarks import noisy_keypoints, project_landmarks
-from pipeline.captures.rig import look_at
-from pipeline.captures.scene import DomeConfig, dome_scene, synthesise_frame
+from pipeline.dome.face import FaceAsset, procedural_face
+from pipeline.dome.scene import DomeConfig, dome_scene, synthesise_frame
+from pipeline.driving.headset import HEADSET_CAMERA_IDS, HeadsetRig, headset_exposure, headset_rig
+from pipeline.driving.landmarks import face_axes, noisy_keypoints, project_landmarks
 
 
 @pytest.fixture(scope="module")
@@ -19,16 +18,29 @@ def head() -> FaceAsset:
     return procedural_face(texture_size=16)
 
 
-def test_five_named_cameras_sit_close_to_the_face(head):
-    cameras = headset_cameras(head, (48, 64), seed=0)
-    assert [camera.camera_id for camera in cameras] == [
+@pytest.fixture(scope="module")
+def rig(head: FaceAsset) -> HeadsetRig:
+    return headset_rig(spots(head), (48, 64), seed=0)
+
+
+def spots(head: FaceAsset) -> dict[str, np.ndarray]:
+    return {name: head.neutral[vertex] for name, vertex in head.topology.landmarks.items()}
+
+
+def plain(image_size_hw: tuple[int, int], transmission: float) -> HeadsetRig:
+    """One camera of gain 1 behind an even housing."""
+    return HeadsetRig((), np.ones(1), np.full((1, *image_size_hw), transmission, np.float32))
+
+
+def test_five_named_cameras_sit_close_to_the_face(head, rig):
+    assert [camera.camera_id for camera in rig.cameras] == [
         "left-eye",
         "right-eye",
         "left-mouth",
         "right-mouth",
         "cyclops",
     ]
-    for camera in cameras:
+    for camera in rig.cameras:
         rotation, translation = camera.cam_from_world[:, :3], camera.cam_from_world[:, 3]
         np.testing.assert_allclose(rotation @ rotation.T, np.eye(3), atol=1e-12)
         centre = -rotation.T @ translation
@@ -47,35 +59,98 @@ def test_five_named_cameras_sit_close_to_the_face(head):
         ("cyclops", "nose_bridge", "chin"),
     ],
 )
-def test_each_headset_view_is_partial(head, camera_id, seen, unseen):
-    camera = next(c for c in headset_cameras(head, (48, 64), seed=0) if c.camera_id == camera_id)
-    pixels, visible = project_landmarks(head.topology, head.neutral, camera, np.eye(3, 4))
+def test_each_headset_view_is_partial(head, rig, camera_id, seen, unseen):
+    index = HEADSET_CAMERA_IDS.index(camera_id)
+    pixels, visible = project_landmarks(head.topology, head.neutral, rig.cameras[index], np.eye(3, 4))
     confidence = dict(zip(head.topology.landmarks, visible, strict=True))
     assert confidence[seen] > 0
     assert confidence[unseen] == 0
     assert np.isfinite(pixels).all()
+    x, y = dict(zip(head.topology.landmarks, pixels, strict=True))[seen].astype(int)
+    assert rig.housing[index, y, x] > 0.9
 
 
-def test_headset_images_are_monochrome_show_skin_and_differ_in_gain():
+def test_a_rig_turns_with_the_head_frame(head, rig):
+    """Captures choose their own head axes: the same head in another frame is seen alike."""
+    turn = np.linalg.qr(np.random.default_rng(4).normal(size=(3, 3)))[0]
+    turn *= np.sign(np.linalg.det(turn))
+    moved = {name: turn @ spot.astype(np.float64) + [10.0, -300.0, 70.0] for name, spot in spots(head).items()}
+    here = face_axes(spots(head))
+    np.testing.assert_allclose(face_axes(moved), turn @ here, atol=1e-6)
+    np.testing.assert_allclose(here.T @ here, np.eye(3), atol=1e-12)
+    assert np.linalg.det(here) == pytest.approx(1.0)
+    for camera, other in zip(rig.cameras, headset_rig(moved, (48, 64), seed=0).cameras, strict=True):
+        for spot in (spots(head)["nose_tip"], spots(head)["eye_left_outer"]):
+            a = camera.cam_from_world @ [*spot, 1.0]
+            b = other.cam_from_world @ [*(turn @ spot + [10.0, -300.0, 70.0]), 1.0]
+            np.testing.assert_allclose(a, b, atol=1e-9)
+
+
+def test_housing_hides_a_soft_edged_part_of_every_view(rig):
+    assert rig.housing.shape == (5, 48, 64)
+    assert rig.housing.dtype == np.float32
+    for name, part in zip(HEADSET_CAMERA_IDS, rig.housing, strict=True):
+        assert part.min() >= 0, name
+        assert part.max() == 1, name
+        # Measured: from 0.79 (cyclops) to 0.90 of the light passes.
+        assert 0.7 < part.mean() < 0.95, name
+        edge = (part > 0.05) & (part < 0.95)
+        assert edge.mean() > 0.02, name
+        assert np.abs(np.diff(part, axis=0)).max() < 0.7, name
+    left, right, _, _, cyclops = rig.housing
+    assert left[:12, :32].mean() < 0.5 < left[:12, 32:].mean()  # the nose is on the left of the left eye's image
+    assert right[:12, 32:].mean() < 0.5 < right[:12, :32].mean()
+    assert left[24:].min() == right[24:].min() == 1
+    assert cyclops[:24].min() > 0.95
+    assert cyclops[36:, :16].mean() < 0.3
+    assert cyclops[36:, 48:].mean() < 0.3
+    assert cyclops[36:, 28:36].mean() > 0.6
+
+
+def test_housing_gains_and_mounts_are_a_function_of_the_seed(head, rig):
+    again, other = headset_rig(spots(head), (48, 64), seed=0), headset_rig(spots(head), (48, 64), seed=1)
+    np.testing.assert_array_equal(rig.housing, again.housing)
+    np.testing.assert_array_equal(rig.gains, again.gains)
+    for camera, same, moved in zip(rig.cameras, again.cameras, other.cameras, strict=True):
+        np.testing.assert_array_equal(camera.cam_from_world, same.cam_from_world)
+        assert np.abs(camera.cam_from_world - moved.cam_from_world).max() > 0.01
+    assert all(np.abs(a - b).max() > 0.02 for a, b in zip(rig.housing, other.housing, strict=True))
+    assert len(set(rig.gains.tolist())) == 5
+    assert np.abs(rig.gains - 1).max() <= 0.15
+    assert np.abs(rig.gains - other.gains).max() > 0.01
+
+
+def test_headset_images_are_monochrome_show_skin_and_the_dark_housing(rig):
     config = DomeConfig(cameras=1, image_size_hw=(16, 12), texture_size=32, segments=1, frames_per_segment=1)
     frame = synthesise_frame(config, "EXP_jaw_open", 0)
     assert frame.headset_images.shape == (5, 48, 64)
     assert frame.headset_images.dtype == np.uint8
-    for image in frame.headset_images:
+    for image, part in zip(frame.headset_images, rig.housing, strict=True):
         assert (image > 40).mean() > 0.3
         assert image.std() > 10
-    gains = headset_gains(5, seed=0)
-    assert len(set(gains.tolist())) == 5
-    assert np.abs(gains - 1).max() <= 0.15
+        hidden = image[part == 0]
+        assert 1 < hidden.mean() < 12
+        assert hidden.max() < 30
 
 
 def test_exposure_darkens_the_corners_and_adds_noise_of_the_stated_size():
     images = np.full((1, 48, 64, 3), 100.0, np.float32)
-    clean = headset_exposure(images, np.ones(1), 0.0, np.random.default_rng(0))
+    free = plain((48, 64), 1.0)
+    clean = headset_exposure(images, free, 0.0, np.random.default_rng(0))
     assert clean[0, 24, 32] == 100
     assert clean[0, 0, 0] < 75
-    noisy = headset_exposure(images, np.ones(1), 3.0, np.random.default_rng(0)).astype(float)
+    noisy = headset_exposure(images, free, 3.0, np.random.default_rng(0)).astype(float)
     assert (noisy - clean).std() == pytest.approx(3.0, rel=0.05)
+
+
+def test_behind_the_housing_nothing_of_the_face_is_left():
+    generator = np.random.default_rng(0)
+    faces = generator.uniform(0, 255, (2, 1, 24, 32, 3)).astype(np.float32)
+    hidden = [headset_exposure(face, plain((24, 32), 0.0), 0.0, generator) for face in faces]
+    np.testing.assert_array_equal(hidden[0], hidden[1])
+    assert 0 < hidden[0].min() <= hidden[0].max() < 10
+    half = headset_exposure(np.full((1, 24, 32, 3), 100.0, np.float32), plain((24, 32), 0.5), 0.0, generator)
+    assert 50 < half[0, 12, 16] < 60
 
 
 def test_landmarks_project_where_the_camera_sees_them(head):

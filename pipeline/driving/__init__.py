@@ -1,0 +1,1 @@
+"""Driving signals of captures: headset views, a frontal image, keypoints; rendered where a capture lacks them."""
