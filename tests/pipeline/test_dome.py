@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -10,24 +11,26 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
-from lipflow.errors import CaptureError
-from lipflow.render.camera import cam_from_head_tensor
+from lipflow.errors import CaptureError, StorageError
+from lipflow.render.camera import cam_from_head_tensor, look_at
 from lipflow.render.renderer import Renderer
 from lipflow.types import Camera, CameraTensors
 from pipeline.capture import Capture, CaptureFrame, open_capture
-from pipeline.captures.dome import (
+from pipeline.captures.krt import format_krt
+from pipeline.dome import writer as dome_module
+from pipeline.dome.motion import head_motion, segment_names, segment_weights
+from pipeline.dome.rig import krt_rig, upright_head
+from pipeline.dome.scene import FrameShoot, dome_scene, synthesise_frame
+from pipeline.dome.writer import (
     DomeConfig,
     finish_dome,
+    pending_runs,
     plan_dome,
     write_dome,
-    write_dome_segment,
+    write_dome_run,
     write_dome_static,
 )
-from pipeline.captures.krt import format_krt
-from pipeline.captures.motion import head_motion, segment_names, segment_weights
-from pipeline.captures.picture import take_pictures
-from pipeline.captures.rig import krt_rig, look_at, upright_head
-from pipeline.captures.scene import dome_scene, synthesise_frame
+from pipeline.driving.picture import PictureTaker
 
 CONFIG = DomeConfig(
     cameras=7,
@@ -75,7 +78,8 @@ def test_capture_follows_the_protocol(capture):
 
 def test_cameras_come_back_as_they_were(capture):
     scene = dome_scene(CONFIG)
-    for read, made in zip((*capture.cameras, *capture.headset_cameras), (*scene.cameras, *scene.headset), strict=True):
+    read_cameras, made_cameras = (*capture.cameras, *capture.headset_cameras), (*scene.cameras, *scene.headset.cameras)
+    for read, made in zip(read_cameras, made_cameras, strict=True):
         assert read.camera_id == made.camera_id
         assert read.image_size_hw == made.image_size_hw
         np.testing.assert_allclose(read.intrinsics, made.intrinsics, rtol=1e-14)
@@ -88,19 +92,76 @@ def test_calibration_file_counts_integer_pixel_centres(dome, capture):
     assert float(first_row_of_k[2]) == pytest.approx(capture.cameras[0].intrinsics[0, 2] - 0.5, abs=1e-12)
 
 
+def assert_same_frame(capture: Capture, config: DomeConfig, segment: str, index: int) -> None:
+    """What is read is what was synthesised, to the last bit."""
+    made, read = synthesise_frame(config, segment, index), capture.frame(segment, f"{index:06d}")
+    np.testing.assert_array_equal(read.vertices(), made.vertices)
+    np.testing.assert_array_equal(read.world_from_head(), made.world_from_head)
+    np.testing.assert_array_equal(read.keypoints(), made.keypoints)
+    np.testing.assert_array_equal(picture(read.average_texture_file()), made.average_texture[::-1])
+    for camera, image in zip(capture.cameras, made.images, strict=True):
+        assert image.shape == (*config.image_size_hw, 3)
+        np.testing.assert_array_equal(picture(read.image_file(camera.camera_id)), image)
+        assert read.view_texture_file(camera.camera_id) is None
+    for camera, image in zip(capture.headset_cameras, made.headset_images, strict=True):
+        np.testing.assert_array_equal(picture(read.headset_file(camera.camera_id)), image)
+
+
 @pytest.mark.parametrize("index", [0, 1])
 def test_frames_come_back_as_they_were(capture, index):
     for segment in capture.segments:
-        made, read = synthesise_frame(CONFIG, segment, index), capture.frame(segment, f"{index:06d}")
-        np.testing.assert_array_equal(read.vertices(), made.vertices)
-        np.testing.assert_array_equal(read.world_from_head(), made.world_from_head)
-        np.testing.assert_array_equal(read.keypoints(), made.keypoints)
-        np.testing.assert_array_equal(picture(read.average_texture_file()), made.average_texture[::-1])
-        for camera, image in zip(capture.cameras, made.images, strict=True):
-            np.testing.assert_array_equal(picture(read.image_file(camera.camera_id)), image)
-            assert read.view_texture_file(camera.camera_id) is None
-        for camera, image in zip(capture.headset_cameras, made.headset_images, strict=True):
-            np.testing.assert_array_equal(picture(read.headset_file(camera.camera_id)), image)
+        assert_same_frame(capture, CONFIG, segment, index)
+
+
+@pytest.mark.parametrize("image_size_hw", [(33, 47), (71, 35), (64, 64), (1, 9)])
+def test_images_of_any_size_come_back_as_they_were(tmp_path, image_size_hw):
+    config = DomeConfig(
+        cameras=3,
+        image_size_hw=image_size_hw,
+        texture_size=23,
+        segments=1,
+        frames_per_segment=1,
+        headset_image_size_hw=(11, 17),
+        supersampling=3,
+    )
+    write_dome(config, str(tmp_path))
+    capture = open_capture(tmp_path)
+    scene = dome_scene(config)
+    assert_same_frame(capture, config, next(iter(capture.segments)), 0)
+    for read, made in zip(capture.cameras, scene.cameras, strict=True):
+        assert read.image_size_hw == image_size_hw
+        np.testing.assert_array_equal(read.cam_from_world, made.cam_from_world)
+        # The calibration counts pixels from their centres; the principal point loses its last bit on the way.
+        np.testing.assert_allclose(read.intrinsics, made.intrinsics, rtol=1e-14)
+
+
+def test_each_picture_can_be_taken_alone_and_in_any_order():
+    config = CONFIG.model_copy(update={"noise_std": 1.5})
+    whole = synthesise_frame(config, "EXP_smile", 1)
+    shoot = FrameShoot(config, "EXP_smile", 1)
+    np.testing.assert_array_equal(shoot.headset_images(), whole.headset_images)
+    for index in (4, 0, 6, 4):
+        np.testing.assert_array_equal(shoot.image(index), whole.images[index])
+    np.testing.assert_array_equal(shoot.average_texture(), whole.average_texture)
+    noise = (whole.images[0].astype(float) - synthesise_frame(CONFIG, "EXP_smile", 1).images[0])[60:, 30:50]
+    assert noise.std() == pytest.approx(1.5, rel=0.1)
+
+
+def test_a_frame_takes_the_memory_of_a_picture_whatever_the_number_of_cameras(tmp_path):
+    def peak_bytes(cameras: int) -> int:
+        config = CONFIG.model_copy(
+            update={"cameras": cameras, "image_size_hw": (384, 256), "frames_per_segment": 1, "segments": 1}
+        )
+        write_dome(config, str(tmp_path / f"{cameras}"))
+        tracemalloc.start()
+        try:
+            write_dome_run(config, plan_dome(config).runs[0], str(tmp_path / f"{cameras}"))
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    # Measured: 7.4 MB both times. The pictures of 24 cameras are 38 MB.
+    assert peak_bytes(24) < 1.1 * peak_bytes(3)
 
 
 def test_topology_comes_back_as_it_was(capture):
@@ -123,15 +184,15 @@ def test_rendered_mesh_covers_the_image_silhouette_in_every_camera(capture):
     for camera, rendered in zip(capture.cameras, mask.numpy(), strict=True):
         seen = picture(frame.image_file(camera.camera_id)).max(axis=-1) > 4
         assert seen.mean() > 0.15
-        # One sample a pixel, and both rasterise alike.
-        assert (seen & rendered).sum() / (seen | rendered).sum() >= 0.98
+        # One sample a pixel, and both rasterise alike; measured: 1 in every camera.
+        assert (seen & rendered).sum() / (seen | rendered).sum() >= 0.999
 
 
 def test_pictures_agree_with_the_differentiable_renderer():
     scene = dome_scene(CONFIG)
     camera, supersampling, head = scene.cameras[2], 2, scene.world_from_head
     texture = np.random.default_rng(0).uniform(0, 255, (32, 32, 3)).astype(np.float32)
-    mine = take_pictures(scene.face.topology, scene.face.neutral, texture[None], [camera], head, supersampling)[0]
+    mine = PictureTaker(scene.face.topology, supersampling).take(scene.face.neutral, texture, camera, head)
     fine = np.diag([supersampling, supersampling, 1.0]) @ camera.intrinsics
     views = CameraTensors(
         torch.tensor(fine).float()[None, None], cam_from_head_tensor(camera.cam_from_world, head)[None, None]
@@ -150,12 +211,48 @@ def test_pictures_agree_with_the_differentiable_renderer():
 def test_bytes_are_a_function_of_the_config_whatever_the_order(dome, tmp_path):
     other = tmp_path / "other"
     dome_scene.cache_clear()
-    for segment in reversed(plan_dome(CONFIG).segments):
-        write_dome_segment(CONFIG, segment, str(other))
+    runs = plan_dome(CONFIG).runs
+    for run in reversed(runs):
+        write_dome_run(CONFIG, run, str(other))
     write_dome_static(CONFIG, str(other))
-    write_dome_segment(CONFIG, next(iter(plan_dome(CONFIG).segments)), str(other))
+    write_dome_run(CONFIG, runs[0], str(other))
     finish_dome(CONFIG, str(other))
     assert digests(other) == digests(dome)
+
+
+def test_runs_cut_every_segment_into_successive_frames_of_bounded_work():
+    plan = plan_dome(DomeConfig(segments=3, frames_per_segment=40))
+    for segment, stems in plan.segments.items():
+        cuts = [(run.start, run.stop) for run in plan.runs if run.segment == segment]
+        assert [frame for start, stop in cuts for frame in range(start, stop)] == list(range(len(stems)))
+        assert len(cuts) > 1
+    large = {"image_size_hw": (2048, 1334), "frames_per_segment": 8, "segments": 1}
+    assert [run.stop - run.start for run in plan_dome(DomeConfig(cameras=40, **large)).runs] == [2, 2, 2, 2]
+    assert len(plan_dome(DomeConfig(cameras=160, **large)).runs) == 8
+
+
+def test_what_was_interrupted_goes_on_from_the_last_whole_run(dome, tmp_path, monkeypatch):
+    plan = plan_dome(CONFIG)
+    assert pending_runs(plan, str(tmp_path)) == list(plan.runs)
+    write_dome_static(CONFIG, str(tmp_path))
+    write_dome_run(CONFIG, plan.runs[1], str(tmp_path))
+    with monkeypatch.context() as patch:
+
+        def end_of_disk(_shoot, _camera):
+            raise OSError("no space left")
+
+        patch.setattr(FrameShoot, "image", end_of_disk)
+        with pytest.raises(OSError, match="no space left"):
+            write_dome_run(CONFIG, plan.runs[2], str(tmp_path))
+    assert pending_runs(plan, str(tmp_path)) == [plan.runs[0], plan.runs[2]]
+    with pytest.raises(StorageError, match=f"{plan.runs[0].statistics_file}"):
+        finish_dome(CONFIG, str(tmp_path))
+    with pytest.raises(CaptureError, match=r"frame_list\.txt: the file is missing"):
+        open_capture(tmp_path)
+    for run in pending_runs(plan, str(tmp_path)):
+        write_dome_run(CONFIG, run, str(tmp_path))
+    finish_dome(CONFIG, str(tmp_path))
+    assert digests(tmp_path) == digests(dome)
 
 
 def test_another_seed_gives_another_capture():
@@ -167,14 +264,12 @@ def test_another_seed_gives_another_capture():
     assert np.abs(first.world_from_head - second.world_from_head).max() > 0.01
 
 
-def test_half_written_dome_is_not_taken_for_a_capture(tmp_path):
-    write_dome_static(CONFIG, str(tmp_path))
-    write_dome_segment(CONFIG, "EXP_smile", str(tmp_path))
-    with pytest.raises(CaptureError, match=r"frame_list\.txt is missing"):
-        open_capture(tmp_path)
-
-
-def test_statistics_are_those_of_the_files(capture):
+@pytest.mark.parametrize("frames_per_run", [1, 16])
+def test_statistics_are_those_of_the_files(tmp_path, monkeypatch, frames_per_run):
+    monkeypatch.setattr(dome_module, "_MOST_FRAMES_PER_RUN", frames_per_run)
+    assert len(plan_dome(CONFIG).runs) == (6 if frames_per_run == 1 else 3)
+    write_dome(CONFIG, str(tmp_path))
+    capture = open_capture(tmp_path)
     frames = [capture.frame(segment, stem) for segment, stems in capture.segments.items() for stem in stems]
     vertices = np.stack([frame.vertices() for frame in frames]).astype(np.float64)
     textures = np.stack([picture(frame.average_texture_file())[::-1] for frame in frames]).astype(np.float64)
@@ -197,6 +292,13 @@ def test_lost_views_are_recorded_facts(tmp_path):
         lost = [frame.image_file(camera.camera_id) is None for camera in capture.cameras]
         lost += [frame.headset_file(camera.camera_id) is None for camera in capture.headset_cameras]
         assert lost == missing.tolist()
+
+
+def test_a_lost_view_changes_no_other_file(dome, tmp_path):
+    write_dome(CONFIG.model_copy(update={"missing_fraction": 0.2}), str(tmp_path))
+    whole, kept = digests(dome), digests(tmp_path)
+    assert kept.items() < whole.items()
+    assert {Path(name).parts[0] for name in whole.keys() - kept.keys()} == {"images", "driving"}
 
 
 def test_cameras_differ_in_colour_and_the_first_is_the_anchor():
@@ -226,13 +328,13 @@ def test_appearance_depends_on_view_and_expression():
     scene = dome_scene(CONFIG)
     face, head = scene.face, scene.world_from_head
     rest = np.zeros(len(face.names))
-    centres = torch.tensor([[0.0, 0.0, 1000.0], [700.0, 0.0, 700.0]])
+    centres = np.array([[0.0, 0.0, 1000.0], [700.0, 0.0, 700.0]])
     skin = scene.appearance.light(face.neutral, rest, head)
-    front, side = skin.views(centres)
-    assert (front - side).abs().max() > 15
+    front, side = (skin.view(centre) for centre in centres)
+    assert np.abs(front - side).max() > 15
     puffed = rest.copy()
     puffed[[face.names.index("cheekPuffLeft"), face.names.index("cheekPuffRight")]] = 1
-    flushed = scene.appearance.light(face.neutral, puffed, head).views(centres)[0]
+    flushed = scene.appearance.light(face.neutral, puffed, head).view(centres[0])
     green_over_red = (flushed[..., 1] - front[..., 1]) - (flushed[..., 0] - front[..., 0])
     assert green_over_red.min() < -8
 
