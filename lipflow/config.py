@@ -139,6 +139,8 @@ class FitConfig(StrictConfig):
         iterations: Adam steps.
         learning_rate: of Adam on z.
         prior_weight: lambda, of -log p(z | h) per latent dimension.
+        headset_cutoff: error of a headset pixel, in standard deviations of its view, beyond which it counts as hidden
+            by something that is no face (Geman-McClure).
         keypoint_noise_mm: standard deviation of a landmark; residuals are measured in it.
         keypoint_cutoff: residual, in standard deviations, beyond which a landmark counts as an outlier
             (Geman-McClure).
@@ -147,5 +149,6 @@ class FitConfig(StrictConfig):
     iterations: int = Field(20, ge=0)
     learning_rate: float = Field(0.05, gt=0)
     prior_weight: float = Field(0.3, ge=0)
+    headset_cutoff: float = Field(1.0, gt=0)
     keypoint_noise_mm: float = Field(2.0, gt=0)
     keypoint_cutoff: float = Field(3.0, gt=0)

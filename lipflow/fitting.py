@@ -8,9 +8,10 @@ is what the signal shows and nothing else:
 hmc, frontal
     Photometric: squared error of the rendered image in units of the texture std, mean over channels, then over the
     frame's pixels weighted by the rendered weight mask. Headset views are compared in grey, under the gain and bias
-    of each view that fit best (closed form; held fixed in the gradient, which is exact because they are optimal).
-    The frontal image is compared in its camera's learned colours, or under the best gain and bias of each channel
-    where that camera was not trained.
+    of each view that fit best, and under the Geman-McClure loss, because the headset's own housing hides parts of the
+    face: an error counts as an outlier beyond ``headset_cutoff`` times the contrast (std) of the view. Gain and bias
+    are held fixed in the gradient, which is exact where they are optimal. The frontal image is compared in its
+    camera's learned colours, or under the best gain and bias of each channel where that camera was not trained.
 keypoints
     Reprojection: distance of the landmark vertices from the keypoints, back-projected to mm at their depth, in
     units of ``keypoint_noise_mm``, under the Geman-McClure loss r^2 / (1 + r^2 / cutoff^2), mean over landmarks
@@ -33,6 +34,8 @@ from lipflow.model.color import solve_gain_bias
 from lipflow.model.driving import SeenViews, frontal_view, headset_views, landmark_residuals_mm, seen_keypoints
 from lipflow.render.renderer import Renderer
 from lipflow.types import DrivingSignals
+
+_REWEIGHTINGS = 4
 
 GREY_OF_RGB = (0.299, 0.587, 0.114)
 """Luma weights (ITU-R BT.601): how a monochrome headset camera sees a colour texture."""
@@ -125,7 +128,7 @@ def _observe_headset(
     decoded = avatar.decode(z, views.cameras.view_vectors())
     luma = decoded.textures.new_tensor(GREY_OF_RGB)[:, None, None]
     grey = (decoded.textures * luma).sum(2, keepdim=True)
-    return _photometric(avatar, renderer, decoded.vertices, grey, views, solve_color=True)
+    return _photometric(avatar, renderer, decoded.vertices, grey, views, solve_color=True, cutoff=config.headset_cutoff)
 
 
 def _observe_frontal(
@@ -162,14 +165,42 @@ def _photometric(
     views: SeenViews,
     *,
     solve_color: bool,
+    cutoff: float | None = None,
 ) -> Tensor:
+    """``(B,)`` error of the rendered views; ``cutoff`` in standard deviations of each view, None for plain squares."""
     height, width = views.images.shape[-2:]
     rendered = renderer.render(vertices, textures, views.cameras, (height, width))
     weight = (rendered.weight * views.present[..., None, None]).detach()
     image, target = rendered.image, views.images.to(rendered.image.dtype)
+    limit = None if cutoff is None else cutoff**2 * _contrast(target, weight)
     if solve_color:
-        gain, bias = solve_gain_bias(image.detach(), target, weight)
-        # A negative gain would let a face be matched by its photographic negative.
-        image = image * gain.clamp(min=0)[..., None, None] + bias[..., None, None]
-    error = ((image - target) / avatar.texture_std).square().mean(2)
+        gain, bias = _best_colors(image.detach(), target, weight, limit)
+        image = image * gain[..., None, None] + bias[..., None, None]
+    squared = (image - target).square()
+    if limit is not None:
+        squared = squared / (1 + squared / limit)
+    error = squared.mean(2) / avatar.texture_std**2
     return (weight * error).sum((1, 2, 3)) / weight.sum((1, 2, 3)).clamp(min=1e-6)
+
+
+def _contrast(target: Tensor, weight: Tensor) -> Tensor:
+    """``(B, K, C, 1, 1)`` variance of views over the weighted pixels."""
+    weight = weight[:, :, None]
+    total = weight.sum((-2, -1), keepdim=True).clamp(min=1e-6)
+    mean = (weight * target).sum((-2, -1), keepdim=True) / total
+    return ((weight * (target - mean).square()).sum((-2, -1), keepdim=True) / total).clamp(min=1e-6)
+
+
+def _best_colors(image: Tensor, target: Tensor, weight: Tensor, limit: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Gain and bias ``(B, K, C)`` of least error; with a ``limit`` on squared errors, reweighted a few times.
+
+    A negative gain would let a face be matched by its photographic negative.
+    """
+    trusted = weight
+    for _ in range(1 if limit is None else _REWEIGHTINGS):
+        gain, bias = solve_gain_bias(image, target, trusted)
+        gain = gain.clamp(min=0)
+        if limit is not None:
+            squared = (image * gain[..., None, None] + bias[..., None, None] - target).square()
+            trusted = weight * (1 + squared / limit).square().reciprocal().mean(2)
+    return gain, bias
