@@ -1,26 +1,55 @@
 """From images to texture space: where each texel lies on the mesh, and what the cameras see of it.
 
-A texel is seen by a camera if it projects into the image in front of everything else (its depth is compared with
-the rasterised depth) and its surface faces the camera; its weight falls with the cosine of the viewing angle, so
-that an average over cameras prefers frontal views (Multiface, section 3, unwraps in the same spirit).
+A texel is seen by a camera if its surface faces the camera, and if the four pixels that its colour is mixed from all
+show that surface: the rasterised depth there is the texel's own, so that nothing in front of it, nor behind its edge,
+bleeds in. Its weight falls with the cosine of the viewing angle, so that an average over cameras prefers frontal views
+(Multiface, section 3, unwraps in the same spirit).
+
+Texels that no camera sees are masked: their weight is 0, and their colour is the mean of the others, so that
+whoever ignores the mask does not meet a black hole.
+
+Memory does not grow with the number of cameras: a frame's surface is laid out once, each camera's image is read on
+its own, and :class:`TextureAverage` keeps one weighted sum.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numba
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from lipflow.render import cpu
-from lipflow.render.camera import project, transform_points
-from lipflow.types import CameraTensors, Topology
+from lipflow.render.camera import transform_points
+from lipflow.types import Topology
 
-DEPTH_TOLERANCE_MM = 3.0
-"""How far behind the rasterised surface a texel may lie and still be seen; covers one pixel's slope."""
+DEPTH_TOLERANCE_MM = 1.0
+"""How far the surface under the pixels that a texel is mixed from may lie off it, on top of the texel's own slope."""
+
+_DIAGONAL_PX = 2**0.5
+"""The farthest that one of these four pixel centres lies from the texel's place."""
 
 GRAZING_COSINE = 0.15
-"""Surfaces that turn away further than this cosine are not read: their pixels smear over many texels."""
+"""Surfaces that turn away further than this cosine are not read: their pixels smear over many texels. It holds for the
+smooth normal and for the triangle's own, which tells the folded triangles of a closed mouth from the lips around it."""
+
+
+@dataclass(frozen=True)
+class TexelSurface:
+    """Texture space laid out on the mesh of one frame.
+
+    Attributes:
+        vertices: ``(V, 3)`` float32 mm, head frame.
+        positions: ``(T, T, 3)`` float32 mm of the texels, row 0 is v = 0.
+        normals: ``(T, T, 3)`` float32 unit vectors; 0 where the atlas is empty.
+    """
+
+    vertices: Tensor
+    positions: Tensor
+    normals: Tensor
 
 
 class Unwrapper:
@@ -61,59 +90,91 @@ class Unwrapper:
         normals = (weights[..., None] * vertex_normals(vertices, self.faces)[corners]).sum(2)
         return positions, functional.normalize(normals, dim=-1), covered
 
-    def unwrap(self, vertices: Tensor, images: Tensor, cameras: CameraTensors) -> tuple[Tensor, Tensor]:
-        """Read the texture of one frame out of its images.
+    def surface(self, vertices: Tensor) -> TexelSurface:
+        """Lay the texture out on a mesh ``(V, 3)``, mm; once a frame, for all of its cameras."""
+        vertices = vertices.float()
+        positions, normals, _ = self.texel_positions(vertices)
+        return TexelSurface(vertices, positions, normals)
+
+    def read(
+        self,
+        surface: TexelSurface,
+        image: np.ndarray,
+        intrinsics: Tensor,
+        cam_from_head: Tensor,
+        valid: np.ndarray | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Read the texture of one frame out of one image.
 
         Args:
-            vertices: ``(V, 3)`` mm.
-            images: ``(K, C, H, W)`` float.
-            cameras: ``(K, 3, 3)`` and ``(K, 3, 4)``, K in pixels of the images.
+            surface: of that frame.
+            image: ``(H, W, C)`` uint8 or float32.
+            intrinsics: ``(3, 3)`` K in pixels of the image.
+            cam_from_head: ``(3, 4)``.
+            valid: ``(H, W)`` bool, False for pixels that show nothing (an undistorted image has such a rim); None
+                if all of them do.
 
         Returns:
-            Textures ``(K, C, T, T)``, and weights ``(K, T, T)`` in [0, 1], 0 where a camera does not see a texel.
+            A texture ``(C, T, T)`` float32, and weights ``(T, T)`` float32 in [0, 1]; both 0 where the camera does
+            not see a texel.
         """
-        height, width = images.shape[-2:]
-        positions, normals, covered = self.texel_positions(vertices)
-        points = positions.reshape(1, -1, 3).expand(images.shape[0], -1, -1)
-        pixels, depth = project(points, cameras.intrinsics, cameras.cam_from_head)
-        size = pixels.new_tensor([width, height])
-        grid = (pixels / size * 2 - 1).unflatten(1, covered.shape)
-        textures = functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
-
-        corners = transform_points(vertices[None], cameras.cam_from_head)
-        _, surface = cpu.rasterize(
-            corners.double().numpy(), self._faces_cpu, cameras.intrinsics.double().numpy(), (height, width)
+        height, width, channels = image.shape
+        corners = transform_points(surface.vertices[None], cam_from_head[None].float())
+        camera_matrix = intrinsics.double().numpy()
+        _, depth = cpu.rasterize(corners.double().numpy(), self._faces_cpu, camera_matrix[None], (height, width))
+        texture = np.zeros((channels, self.texture_size, self.texture_size), np.float32)
+        weight = np.zeros((self.texture_size, self.texture_size), np.float32)
+        _read_texels(
+            surface.positions.numpy(),
+            surface.normals.numpy(),
+            self.triangle_id.numpy(),
+            self._face_cosines(surface.vertices, cam_from_head),
+            np.ascontiguousarray(image),
+            np.ones((1, 1), np.bool_) if valid is None else valid,
+            depth[0],
+            camera_matrix,
+            cam_from_head.double().numpy(),
+            texture,
+            weight,
         )
-        # The farthest of the pixels around a point: on slopes the nearest pixel centre may lie well in front of it.
-        surface_depth = functional.max_pool2d(
-            torch.from_numpy(np.where(np.isfinite(surface), surface, 0.0))[:, None], 3, stride=1, padding=1
-        )
-        seen_depth = functional.grid_sample(surface_depth.to(grid.dtype), grid, mode="nearest", align_corners=False)
-        in_view = (grid.abs() <= 1).all(-1) & (depth.unflatten(1, covered.shape) > cpu.NEAR_MM)
-        in_front = depth.unflatten(1, covered.shape) <= seen_depth[:, 0] + DEPTH_TOLERANCE_MM
+        return torch.from_numpy(texture), torch.from_numpy(weight)
 
-        rotation, translation = cameras.cam_from_head[..., :3], cameras.cam_from_head[..., 3]
-        centre = -(rotation.transpose(-1, -2) @ translation[..., None])[..., 0]
-        to_camera = functional.normalize(centre[:, None, None] - positions, dim=-1)
-        cosine = (to_camera * normals).sum(-1)
-        weight = ((cosine - GRAZING_COSINE) / (1 - GRAZING_COSINE)).clamp(min=0) ** 2
-        weight = weight * (in_view & in_front & covered)
-        return textures * (weight > 0)[:, None], weight
+    def _face_cosines(self, vertices: Tensor, cam_from_head: Tensor) -> np.ndarray:
+        """``(F,)`` cosines between the triangles' own normals and the camera's direction; 0 for empty triangles."""
+        a, b, c = vertices[self.faces].double().unbind(1)
+        centre = -(cam_from_head[:, :3].T @ cam_from_head[:, 3]).double()
+        normals = functional.normalize(torch.linalg.cross(b - a, c - a), dim=-1)
+        return (normals * functional.normalize(centre - (a + b + c) / 3, dim=-1)).sum(-1).numpy()
 
-    @staticmethod
-    def average(textures: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Weighted mean over cameras.
 
-        Args:
-            textures: ``(K, C, T, T)``.
-            weights: ``(K, T, T)``.
+class TextureAverage:
+    """The weighted mean of textures that come one at a time.
 
-        Returns:
-            The average ``(C, T, T)``, 0 where nothing was seen, and ``seen (T, T)`` bool.
-        """
-        total = weights.sum(0)
-        average = (textures * weights[:, None]).sum(0) / total.clamp(min=1e-8)
-        return average, total > 0
+    Args:
+        channels: C.
+        texture_size: T, texels along one side.
+    """
+
+    def __init__(self, channels: int, texture_size: int):
+        self._total = torch.zeros(channels, texture_size, texture_size)
+        self._weight = torch.zeros(texture_size, texture_size)
+
+    def add(self, texture: Tensor, weight: Tensor) -> None:
+        """Add one camera's texture ``(C, T, T)`` with its weights ``(T, T)``."""
+        self._total.addcmul_(texture, weight)
+        self._weight += weight
+
+    def mean(self) -> tuple[Tensor, Tensor]:
+        """The average ``(C, T, T)``, with the mean colour where nothing was seen, and ``seen (T, T)`` bool."""
+        seen = self._weight > 0
+        return fill_unseen(self._total / self._weight.clamp(min=1e-8), seen), seen
+
+
+def fill_unseen(texture: Tensor, seen: Tensor) -> Tensor:
+    """``texture (C, T, T)`` with the mean colour of the ``seen (T, T)`` texels in all others; 0 if none is seen."""
+    if not seen.any():
+        return torch.zeros_like(texture)
+    return torch.where(seen, texture, texture[:, seen].mean(1)[:, None, None])
 
 
 def vertex_normals(vertices: Tensor, faces: Tensor) -> Tensor:
@@ -160,3 +221,76 @@ def _rasterize_charts(topology: Topology, texture_size: int) -> tuple[np.ndarray
 
 def _cross(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return first[:, 0] * second[:, 1] - first[:, 1] * second[:, 0]
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _read_texels(
+    positions,
+    normals,
+    triangle_id,
+    face_cosine,
+    image,
+    valid,
+    surface_depth,
+    intrinsics,
+    cam_from_head,
+    texture,
+    weight,
+):
+    """Fill ``texture (C, T, T)`` and ``weight (T, T)``, which come in as zeros, with what one camera sees.
+
+    ``valid`` has the image's size, or is ``(1, 1)`` where every pixel counts. Empty texels have no normal, and so
+    face no camera.
+    """
+    height, width, channels = image.shape
+    all_valid = valid.size == 1
+    rotation, translation = cam_from_head[:, :3], cam_from_head[:, 3]
+    centre = np.zeros(3)
+    for axis in range(3):
+        centre -= rotation[axis] * translation[axis]
+    for row in range(positions.shape[0]):
+        for column in range(positions.shape[1]):
+            face = triangle_id[row, column]
+            if face < 0 or not face_cosine[face] > GRAZING_COSINE:
+                continue
+            point, normal = positions[row, column], normals[row, column]
+            dx, dy, dz = centre[0] - point[0], centre[1] - point[1], centre[2] - point[2]
+            cosine = (dx * normal[0] + dy * normal[1] + dz * normal[2]) / np.sqrt(dx * dx + dy * dy + dz * dz)
+            if not cosine > GRAZING_COSINE:
+                continue
+            x, y, z = translation[0], translation[1], translation[2]
+            for axis in range(3):
+                x += rotation[0, axis] * point[axis]
+                y += rotation[1, axis] * point[axis]
+                z += rotation[2, axis] * point[axis]
+            if z <= cpu.NEAR_MM:
+                continue
+            across = (intrinsics[0, 0] * x + intrinsics[0, 1] * y) / z + intrinsics[0, 2]
+            down = intrinsics[1, 1] * y / z + intrinsics[1, 2]
+            if not (0.0 <= across <= width and 0.0 <= down <= height):
+                continue
+            across = min(max(across - 0.5, 0.0), width - 1.0)
+            down = min(max(down - 0.5, 0.0), height - 1.0)
+            left, top = int(across), int(down)
+            right, bottom = min(left + 1, width - 1), min(top + 1, height - 1)
+            if not all_valid and not (
+                valid[top, left] and valid[top, right] and valid[bottom, left] and valid[bottom, right]
+            ):
+                continue
+            # How much the depth may differ between the pixels that are mixed: the surface's own slope across them.
+            slope = np.sqrt(max(1.0 - cosine * cosine, 0.0)) / cosine
+            allowed = DEPTH_TOLERANCE_MM + _DIAGONAL_PX * slope * z / intrinsics[0, 0]
+            if not (
+                abs(surface_depth[top, left] - z) <= allowed
+                and abs(surface_depth[top, right] - z) <= allowed
+                and abs(surface_depth[bottom, left] - z) <= allowed
+                and abs(surface_depth[bottom, right] - z) <= allowed
+            ):
+                continue
+            across, down = across - left, down - top
+            share = (cosine - GRAZING_COSINE) / (1.0 - GRAZING_COSINE)
+            weight[row, column] = min(share * share, 1.0)
+            for channel in range(channels):
+                upper = image[top, left, channel] * (1.0 - across) + image[top, right, channel] * across
+                lower = image[bottom, left, channel] * (1.0 - across) + image[bottom, right, channel] * across
+                texture[channel, row, column] = upper * (1.0 - down) + lower * down
