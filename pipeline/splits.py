@@ -2,20 +2,25 @@
 
 Choices by fraction are made by hashing names with the seed, so that they are the same everywhere, and adding a
 segment to a capture moves no other segment's hash.
+
+The split files that come with Multiface are accepted as they are published: a camera split is a JSON object with the
+lists ``train`` and ``test``, or several such objects by name; a test-segment file lists prefixes of segment names.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from lipflow.config import StrictConfig
 from lipflow.errors import ConfigError
+from pipeline import storage
 from pipeline.capture import Capture
 
 Split = Literal["train", "val", "test"]
@@ -27,21 +32,61 @@ class SplitConfig(StrictConfig):
 
     Attributes:
         test_segments: shell patterns of the held-out segments; empty: a fraction is drawn.
+        test_segments_file: path or URI of ``{"segment": [PREFIX, ...]}``; adds ``PREFIX*`` to ``test_segments``.
         val_segments: shell patterns of the validation segments, among those that are not held out.
         test_fraction: fraction of segments, at least one unless 0, that is held out where no pattern says.
         val_fraction: the same for validation, of the segments that remain.
+        train_cameras: shell patterns of training cameras; empty: all that are not held out. With patterns, cameras
+            that are in neither list are left out.
         test_cameras: shell patterns of held-out cameras; empty: a number is drawn.
         test_camera_count: held-out cameras, evenly spread over the list; None: one in ten.
+        camera_split_file: path or URI of ``{"train": [...], "test": [...]}``, which sets both camera lists.
+        camera_split_name: the split to take of a file that holds several by name.
+        novel_views: whether held-out cameras are to be evaluated as novel views, so that a test camera that is also
+            a training camera is an error. False: such a camera is for training alone.
         seed: of the drawing by fraction.
     """
 
     test_segments: tuple[str, ...] = ()
+    test_segments_file: str | None = None
     val_segments: tuple[str, ...] = ()
     test_fraction: float = Field(default=0.1, ge=0, lt=1)
     val_fraction: float = Field(default=0.1, ge=0, lt=1)
+    train_cameras: tuple[str, ...] = ()
     test_cameras: tuple[str, ...] = ()
     test_camera_count: int | None = Field(default=None, ge=0)
+    camera_split_file: str | None = None
+    camera_split_name: str | None = None
+    novel_views: bool = True
     seed: int = 0
+
+
+def with_split_files(config: SplitConfig) -> SplitConfig:
+    """The same splits with the lists of the files in place of the files.
+
+    Raises:
+        ConfigError: a file that is no split, or one that is given beside the lists that it sets.
+    """
+    changes: dict[str, Any] = {"test_segments_file": None, "camera_split_file": None, "camera_split_name": None}
+    if config.test_segments_file is not None:
+        source = config.test_segments_file
+        prefixes = _names_of(_json_object(source), "segment", source)
+        changes["test_segments"] = (*config.test_segments, *(f"{prefix}*" for prefix in prefixes))
+    if config.camera_split_file is not None:
+        if config.train_cameras or config.test_cameras:
+            raise ConfigError("splits.camera_split_file sets the camera lists: give it or them, not both")
+        source, split = config.camera_split_file, _json_object(config.camera_split_file)
+        named = [name for name, value in split.items() if isinstance(value, dict)]
+        if named:
+            name = config.camera_split_name or (named[0] if len(named) == 1 else None)
+            if name not in named:
+                raise ConfigError(f"{source}: set splits.camera_split_name to one of {', '.join(named)}")
+            split = split[name]
+        changes["train_cameras"] = _names_of(split, "train", source)
+        changes["test_cameras"] = _names_of(split, "test", source)
+    elif config.camera_split_name is not None:
+        raise ConfigError("splits.camera_split_name chooses within splits.camera_split_file, which is not given")
+    return config.model_copy(update=changes)
 
 
 def hash_order(names: Iterable[str], seed: int, purpose: str) -> list[str]:
@@ -73,25 +118,38 @@ def split_segments(capture: Capture, config: SplitConfig) -> dict[str, list[str]
 
 
 def split_cameras(capture: Capture, config: SplitConfig) -> tuple[list[str], list[str]]:
-    """Training and held-out camera ids, in calibration order. Drawn ones are never the anchor or the frontal one.
+    """Training and held-out camera ids, in calibration order. Neither the first nor the frontal one is ever drawn.
+
+    Cameras in neither list are left out, which only happens where ``train_cameras`` are given.
 
     Raises:
-        ConfigError: a pattern that fits nothing, the anchor or frontal camera held out, or too few cameras.
+        ConfigError: a pattern that fits nothing, a camera in both lists, a frontal camera that is not among the
+            training cameras, or too few cameras.
     """
     ids = [camera.camera_id for camera in capture.cameras]
-    protected = {ids[0], capture.frontal_camera_id}
-    if config.test_cameras:
-        test = _matching(ids, config.test_cameras, "test_cameras")
-        clash = [camera for camera in test if camera in protected]
-        if clash:
-            raise ConfigError(f"camera {clash[0]!r} is the anchor or the frontal camera; take it out of test_cameras")
-    else:
-        candidates = [camera for camera in ids if camera not in protected]
-        count = len(ids) // 10 if config.test_camera_count is None else config.test_camera_count
+    test = _matching(ids, config.test_cameras, "test_cameras")
+    listed = _matching(ids, config.train_cameras, "train_cameras") or [camera for camera in ids if camera not in test]
+    both = [camera for camera in test if camera in listed]
+    if both and config.novel_views:
+        raise ConfigError(
+            f"{len(both)} of {len(test)} test cameras are training cameras, too: {', '.join(both)}; "
+            "their images are no novel views. Take them out of one list, or set splits.novel_views=false to train on "
+            "them and hold out the others alone"
+        )
+    test = [camera for camera in test if camera not in both]
+    kept = [camera for camera in ids if camera in listed or camera in test]
+    frontal = capture.frontal_camera_id
+    if frontal is not None and (frontal in test or frontal not in kept):
+        raise ConfigError(
+            f"camera {frontal!r} is the frontal camera, which drives: it has to be among the training cameras"
+        )
+    if not config.test_cameras:
+        candidates = [camera for camera in kept[1:] if camera != frontal]
+        count = len(kept) // 10 if config.test_camera_count is None else config.test_camera_count
         if count > len(candidates):
             raise ConfigError(f"splits.test_camera_count={count}, but only {len(candidates)} cameras can be held out")
         test = [candidates[(2 * index + 1) * len(candidates) // (2 * count)] for index in range(count)]
-    return [camera for camera in ids if camera not in test], test
+    return [camera for camera in kept if camera not in test], test
 
 
 def _chosen(names: Sequence[str], patterns: Sequence[str], fraction: float, seed: int, purpose: str) -> list[str]:
@@ -99,6 +157,23 @@ def _chosen(names: Sequence[str], patterns: Sequence[str], fraction: float, seed
         return _matching(names, patterns, f"{purpose}_segments")
     count = max(1, math.floor(fraction * len(names) + 0.5)) if fraction > 0 else 0
     return hash_order(names, seed, purpose)[:count]
+
+
+def _json_object(uri: str) -> dict[str, Any]:
+    try:
+        found = json.loads(storage.read_bytes(uri))
+    except ValueError as error:
+        raise ConfigError(f"{uri}: not a JSON file ({error})") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{uri}: expected a JSON object, found a {type(found).__name__}")
+    return found
+
+
+def _names_of(split: dict[str, Any], key: str, source: str) -> tuple[str, ...]:
+    names = split.get(key)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{source}: expected a list of names under {key!r}, found {', '.join(map(str, split))}")
+    return tuple(names)
 
 
 def _matching(names: Sequence[str], patterns: Sequence[str], field: str) -> list[str]:
