@@ -98,6 +98,7 @@ def map_tasks(
     description: str,
     cpus_per_task: float = 1.0,
     max_in_flight: int | None = None,
+    stop_when: Callable[[Any], bool] | None = None,
 ) -> list[Any]:
     """Run ``function(*arguments[i])`` as Ray tasks and return the results in order.
 
@@ -110,6 +111,8 @@ def map_tasks(
         description: what the progress bar says.
         cpus_per_task: what Ray reserves for each.
         max_in_flight: tasks submitted at once; by default four for each CPU of the cluster.
+        stop_when: called with each result as it comes; once it is true no further task is submitted, and the results
+            of those that were not are None.
 
     Raises:
         LipflowError: whatever error of ours a task raised.
@@ -143,6 +146,7 @@ def map_tasks(
                         ray.cancel(pending, force=False)
                     raise unwrapped(error) from error
                 progress.advance(bar)
+                exhausted = exhausted or (stop_when is not None and stop_when(results[index]))
     return results
 
 

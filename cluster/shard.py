@@ -18,18 +18,21 @@ from cluster.runtime import map_tasks, ray_cluster
 from cluster.tracking import TrackingConfig, initialise, tracked_run
 from lipflow.config import StrictConfig
 from pipeline import storage
-from pipeline.capture import open_capture
 from pipeline.manifest import Manifest, ShardRecord
 from pipeline.shards import (
+    MAX_LISTED_FAULTS,
+    CorruptFilesError,
     ShardConfig,
     ShardTask,
     commit,
     find_committed,
+    open_for_sharding,
     plan_shards,
     reduce_statistics,
     shard_statistics,
     write_shard,
 )
+from pipeline.splits import with_split_files
 from pipeline.stats import FrameSums
 
 
@@ -76,13 +79,16 @@ def shard(capture_uri: str, out_uri: str, recipe: ShardRecipe) -> ShardSummary:
     """Write the shard set of a capture.
 
     Raises:
-        CaptureError: no capture at ``capture_uri``, or a corrupt file under ``on_error: fail``.
+        CaptureError: no capture at ``capture_uri``.
+        CorruptFilesError: corrupt files under ``on_error: fail``; it names them all. The other shards are kept, so
+            that a second run writes only what is missing.
         ConfigError: the recipe does not fit the capture.
         StorageError: ``out_uri`` cannot be written.
     """
-    capture, out_uri = open_capture(capture_uri), storage.normalize_uri(out_uri)
+    config = recipe.shard.model_copy(update={"splits": with_split_files(recipe.shard.splits)})
+    capture, out_uri = open_for_sharding(capture_uri, config), storage.normalize_uri(out_uri)
     storage.check_writable(out_uri)
-    plan = plan_shards(capture, recipe.shard)
+    plan = plan_shards(capture, config)
     done = find_committed(out_uri, plan)
     if done is not None:
         return _summary(out_uri, done, written=False)
@@ -93,12 +99,16 @@ def shard(capture_uri: str, out_uri: str, recipe: ShardRecipe) -> ShardSummary:
     ):
         results = map_tasks(
             _write_and_sum,
-            [(capture.uri, recipe.shard, task, out_uri) for task in plan.shards],
+            [(capture.uri, config, task, out_uri) for task in plan.shards],
             description="shard",
+            stop_when=_TooManyFaults(),
         )
+        faults = [item for result in results if isinstance(result, CorruptFilesError) for item in result.files]
+        if faults:
+            raise CorruptFilesError(capture.uri, tuple(faults))
         records, sums = [record for record, _ in results], [part for _, part in results]
-        normalization = reduce_statistics(out_uri, capture, recipe.shard, sums)
-        manifest = commit(out_uri, capture, recipe.shard, plan, records, normalization)
+        normalization = reduce_statistics(out_uri, capture, config, sums)
+        manifest = commit(out_uri, capture, config, plan, records, normalization)
         summary = _summary(out_uri, manifest, written=True)
         run.set_tags({"lipflow.shards_digest": summary.digest, "lipflow.shards": out_uri})
         run.log_metrics(
@@ -114,11 +124,26 @@ def shard(capture_uri: str, out_uri: str, recipe: ShardRecipe) -> ShardSummary:
 
 def _write_and_sum(
     capture_uri: str, config: ShardConfig, task: ShardTask, out_uri: str
-) -> tuple[ShardRecord, FrameSums | None]:
-    record = write_shard(capture_uri, config, task, out_uri)
+) -> tuple[ShardRecord, FrameSums | None] | CorruptFilesError:
+    """The record and the statistics of a shard; corrupt files are a result, so that the other shards go on."""
+    try:
+        record = write_shard(capture_uri, config, task, out_uri)
+    except CorruptFilesError as error:
+        return error
     if task.split != "train" or config.statistics != "recompute":
         return record, None
     return record, shard_statistics(out_uri, record)
+
+
+class _TooManyFaults:
+    """Whether so many corrupt files were found that looking for more is not worth the time."""
+
+    def __init__(self) -> None:
+        self._found = 0
+
+    def __call__(self, result: object) -> bool:
+        self._found += len(result.files) if isinstance(result, CorruptFilesError) else 0
+        return self._found > MAX_LISTED_FAULTS
 
 
 def _summary(out_uri: str, manifest: Manifest, *, written: bool) -> ShardSummary:

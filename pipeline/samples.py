@@ -7,26 +7,25 @@
     SEG/FRAME.keypoints.npy.zst   (L, 3) float32 x_px, y_px, confidence; pixels of the stored frontal image
     SEG/FRAME.hmc-NAME.png        headset views, monochrome
     SEG/FRAME.CAMERA.image.png    camera images, at the stored size
-    SEG/FRAME.CAMERA.tex.png      textures unwrapped from one camera, where they are stored
+    SEG/FRAME.CAMERA.tex.png      textures unwrapped from one camera, RGBA, where they are stored
     SEG/FRAME.frame.json          ids, head pose, what is present
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import TypeVar
 
 import numpy as np
-import torch
 
 from lipflow.errors import CaptureError
-from lipflow.render.camera import cam_from_head_tensor
-from lipflow.render.unwrap import Unwrapper
-from lipflow.types import Camera, CameraTensors
+from lipflow.render.unwrap import TextureAverage
+from lipflow.types import Camera
 from pipeline.capture import Capture, CaptureFrame
+from pipeline.capture_errors import check_image_size
 from pipeline.codecs import (
     EXTENSION_OF_CODEC,
     CodecError,
@@ -40,6 +39,10 @@ from pipeline.codecs import (
 )
 from pipeline.manifest import SkippedFile
 from pipeline.tar import check_member_name
+from pipeline.undistort import Undistorter
+from pipeline.unwrapping import FrameUnwrapper
+
+_Read = TypeVar("_Read")
 
 VERTICES, AVERAGE_TEXTURE, KEYPOINTS, FRAME = "verts.npy.zst", "avgtex.png", "keypoints.npy.zst", "frame.json"
 
@@ -51,13 +54,12 @@ class SampleSettings:
     Attributes:
         image_size_hw: of the stored camera images.
         texture_size: of the stored textures.
-        codec: of the camera images and view textures.
+        codec: of the camera images.
         quality: of a lossy codec.
         resize_filter: for images and textures.
         store_view_textures: whether textures of single cameras are stored.
         unwrap_camera_ids: the cameras from which a missing average texture is made; held-out ones are not among
             them, so that nothing of their images reaches the encoder.
-        on_error: what a corrupt file does.
     """
 
     image_size_hw: tuple[int, int]
@@ -67,7 +69,6 @@ class SampleSettings:
     resize_filter: ResizeFilter
     store_view_textures: bool
     unwrap_camera_ids: tuple[str, ...]
-    on_error: Literal["fail", "skip"]
 
 
 def image_suffix(camera_id: str, codec: str) -> str:
@@ -75,9 +76,9 @@ def image_suffix(camera_id: str, codec: str) -> str:
     return f"{camera_id}.image.{EXTENSION_OF_CODEC[codec]}"
 
 
-def view_texture_suffix(camera_id: str, codec: str) -> str:
-    """The member of a camera's unwrapped texture."""
-    return f"{camera_id}.tex.{EXTENSION_OF_CODEC[codec]}"
+def view_texture_suffix(camera_id: str) -> str:
+    """The member of a camera's unwrapped texture, RGBA and lossless."""
+    return f"{camera_id}.tex.png"
 
 
 def headset_suffix(camera_id: str) -> str:
@@ -97,36 +98,50 @@ class FrameSample:
 class SampleEncoder:
     """Turns frames of one capture into members, and collects the files that could not be used.
 
+    Images of cameras with lens distortion are undistorted: the stored set knows pinhole cameras alone.
+
     Args:
         capture: where the frames come from.
         settings: how they are stored.
+
+    Attributes:
+        skipped: the files that could not be used, each with its address and the reason.
     """
 
     def __init__(self, capture: Capture, settings: SampleSettings):
         self.capture = capture
         self.settings = settings
         self.skipped: list[SkippedFile] = []
-        self._cameras = {camera.camera_id: camera for camera in capture.cameras}
+        self._lenses = {camera.camera_id: Undistorter(camera) for camera in capture.cameras}
 
     def sample(self, segment: str, frame: str) -> FrameSample | None:
-        """The sample of a frame; None if its mesh, pose or texture is corrupt and the policy is to skip.
-
-        Raises:
-            CaptureError: a file is corrupt and the policy is to fail.
-        """
+        """The sample of a frame; None if its mesh or pose cannot be used, or no average texture can be had."""
         source = self.capture.frame(segment, frame)
         frame_id = f"{segment}/{frame}"
-        try:
-            vertices = np.asarray(source.vertices(), np.float32)
-            pose = np.asarray(source.world_from_head(), np.float64)
-            texture, texture_facts = self._average_texture(source, frame_id, vertices, pose)
-        except (CaptureError, CodecError) as error:
-            self._skip_or_raise(f"frame {frame_id}", error)
+        vertices = self._attempt(source.source_of("vertices"), source.vertices)
+        pose = self._attempt(source.source_of("pose"), source.world_from_head)
+        if vertices is None or pose is None:
             return None
+        stored = self._average_texture(source)
+        if stored is None:
+            stored = self._attempt(
+                source.source_of("average_texture"), lambda: self._unwrapped_texture(source, vertices, pose)
+            )
+        if stored is None:
+            return None
+        texture, texture_facts = stored
         facts = {"segment": segment, "frame": frame, "world_from_head": pose.tolist(), **texture_facts}
         sample = FrameSample(frame_id, iter(()))
         sample.members = self._members(source, sample, vertices, texture, facts)
         return sample
+
+    def _attempt(self, path: str, read: Callable[[], _Read | None]) -> _Read | None:
+        """What ``read`` returns; None, and an entry among the skipped files, if it finds a fault."""
+        try:
+            return read()
+        except (CaptureError, CodecError) as error:
+            self.skipped.append(SkippedFile(path=path, reason=str(error)))
+            return None
 
     def _members(
         self, source: CaptureFrame, sample: FrameSample, vertices: np.ndarray, texture: bytes, facts: dict
@@ -140,18 +155,18 @@ class SampleEncoder:
     ) -> Iterator[tuple[str, bytes]]:
         yield VERTICES, encode_array(vertices)
         yield AVERAGE_TEXTURE, texture
-        keypoints = self._keypoints(source, sample.frame_id)
+        keypoints = self._attempt(source.source_of("keypoints"), lambda: self._keypoints(source))
         if keypoints is not None:
             yield KEYPOINTS, encode_array(keypoints)
         headset = []
         for camera in self.capture.headset_cameras:
-            body = self._headset(source, camera, sample.frame_id)
+            body = self._headset(source, camera)
             if body is not None:
                 headset.append(camera.camera_id)
                 yield headset_suffix(camera.camera_id), body
         present = []
         for camera in self.capture.cameras:
-            body = self._image(source, camera, sample.frame_id)
+            body = self._image(source, camera)
             if body is None:
                 sample.missing_views.append(camera.camera_id)
                 continue
@@ -159,148 +174,122 @@ class SampleEncoder:
             yield image_suffix(camera.camera_id, self.settings.codec), body
         if self.settings.store_view_textures:
             for camera in self.capture.cameras:
-                body = self._view_texture(source, camera, sample.frame_id)
+                body = self._view_texture(source, camera.camera_id)
                 if body is not None:
-                    yield view_texture_suffix(camera.camera_id, self.settings.codec), body
+                    yield view_texture_suffix(camera.camera_id), body
         facts |= {"cameras": present, "headset_cameras": headset, "keypoints": keypoints is not None}
         yield FRAME, json.dumps(facts, sort_keys=True).encode()
 
-    def _image(self, source: CaptureFrame, camera: Camera, frame_id: str) -> bytes | None:
-        name = f"image of camera {camera.camera_id}, frame {frame_id}"
-        try:
+    def _image(self, source: CaptureFrame, camera: Camera) -> bytes | None:
+        path = source.source_of("image", camera.camera_id)
+
+        def encoded() -> bytes | None:
             body = source.image_file(camera.camera_id)
             if body is None:
                 return None
-            image = self._decode(body, name, camera.image_size_hw)
-        except (CaptureError, CodecError) as error:
-            self._skip_or_raise(name, error)
-            return None
-        return self._encode(image, body, self.settings.image_size_hw)
+            image = decode_any_image(body, path)
+            check_image_size(image.shape[:2], camera, path)
+            if camera.distortion.any():
+                return self._encode(self._lenses[camera.camera_id].apply(image), None, self.settings.image_size_hw)
+            return self._encode(image, body, self.settings.image_size_hw)
 
-    def _view_texture(self, source: CaptureFrame, camera: Camera, frame_id: str) -> bytes | None:
-        name = f"texture of camera {camera.camera_id}, frame {frame_id}"
-        try:
-            body = source.view_texture_file(camera.camera_id)
+        return self._attempt(path, encoded)
+
+    def _view_texture(self, source: CaptureFrame, camera_id: str) -> bytes | None:
+        path = source.source_of("view_texture", camera_id)
+
+        def encoded() -> bytes | None:
+            body = source.view_texture_file(camera_id)
             if body is None:
                 return None
-            image = self._decode(body, name, None)
-        except (CaptureError, CodecError) as error:
-            self._skip_or_raise(name, error)
-            return None
-        return self._encode(image, body, (self.settings.texture_size, self.settings.texture_size))
+            # Alpha is 0 where the camera does not see the texel.
+            image = decode_any_image(body, path, "RGBA")
+            if image.shape[:2] == self._texture_size_hw and is_plain_png(body, "RGBA"):
+                return body
+            return encode_image(resize_image(image, self._texture_size_hw, self.settings.resize_filter), "png")
 
-    def _headset(self, source: CaptureFrame, camera: Camera, frame_id: str) -> bytes | None:
-        name = f"headset view {camera.camera_id}, frame {frame_id}"
-        try:
+        return self._attempt(path, encoded)
+
+    def _headset(self, source: CaptureFrame, camera: Camera) -> bytes | None:
+        path = source.source_of("headset", camera.camera_id)
+
+        def encoded() -> bytes | None:
             body = source.headset_file(camera.camera_id)
             if body is None:
                 return None
-            image = decode_any_image(body, name, "L")
-            _check_size(image, name, camera.image_size_hw)
-        except (CaptureError, CodecError) as error:
-            self._skip_or_raise(name, error)
-            return None
-        return body if is_plain_png(body, "L") else encode_image(image, "png")
+            image = decode_any_image(body, path, "L")
+            check_image_size(image.shape[:2], camera, path)
+            return body if is_plain_png(body, "L") else encode_image(image, "png")
 
-    def _keypoints(self, source: CaptureFrame, frame_id: str) -> np.ndarray | None:
-        frontal = self._cameras.get(self.capture.frontal_camera_id or "")
+        return self._attempt(path, encoded)
+
+    def _keypoints(self, source: CaptureFrame) -> np.ndarray | None:
+        """``(L, 3)`` in pixels of the stored frontal image; None where there is none."""
+        frontal = next((c for c in self.capture.cameras if c.camera_id == self.capture.frontal_camera_id), None)
         if frontal is None or not self.capture.keypoint_names:
             return None
-        try:
-            points = source.keypoints()
-        except CaptureError as error:
-            self._skip_or_raise(f"keypoints of frame {frame_id}", error)
-            return None
+        points = source.keypoints()
         if points is None:
             return None
         height, width = frontal.image_size_hw
         scale = [self.settings.image_size_hw[1] / width, self.settings.image_size_hw[0] / height, 1.0]
         return (np.asarray(points, np.float64) * scale).astype(np.float32)
 
-    def _average_texture(
-        self, source: CaptureFrame, frame_id: str, vertices: np.ndarray, pose: np.ndarray
-    ) -> tuple[bytes, dict]:
-        name = f"average texture of frame {frame_id}"
-        size = (self.settings.texture_size, self.settings.texture_size)
-        body: bytes | None = None
-        try:
+    def _average_texture(self, source: CaptureFrame) -> tuple[bytes, dict] | None:
+        """The capture's own, at the stored size; None if it has none that can be used."""
+        path = source.source_of("average_texture")
+
+        def encoded() -> tuple[bytes, dict] | None:
             body = source.average_texture_file()
-            if body is not None:
-                image = decode_any_image(body, name)
-                if image.shape[:2] == size and is_plain_png(body, "RGB"):
-                    return body, {"average_texture": "capture"}
-                resized = resize_image(image, size, self.settings.resize_filter)
-                return encode_image(resized, "png"), {"average_texture": "capture"}
-        except (CaptureError, CodecError) as error:
-            self._skip_or_raise(name, error)
-        unwrapped, seen_fraction = self._unwrap(source, frame_id, vertices, pose)
-        facts = {"average_texture": "unwrapped", "texture_seen_fraction": seen_fraction}
-        return encode_image(np.ascontiguousarray(unwrapped[::-1]), "png"), facts
+            if body is None:
+                return None
+            image = decode_any_image(body, path)
+            if image.shape[:2] != self._texture_size_hw or not is_plain_png(body, "RGB"):
+                body = encode_image(resize_image(image, self._texture_size_hw, self.settings.resize_filter), "png")
+            return body, {"average_texture": "capture"}
+
+        return self._attempt(path, encoded)
+
+    @property
+    def _texture_size_hw(self) -> tuple[int, int]:
+        return self.settings.texture_size, self.settings.texture_size
 
     @cached_property
-    def _unwrapper(self) -> Unwrapper:
-        return Unwrapper(self.capture.topology, self.settings.texture_size)
+    def _unwrapper(self) -> FrameUnwrapper:
+        return FrameUnwrapper(self.capture, self.settings.texture_size, self.settings.unwrap_camera_ids)
 
-    def _unwrap(
-        self, source: CaptureFrame, frame_id: str, vertices: np.ndarray, pose: np.ndarray
-    ) -> tuple[np.ndarray, float]:
-        """Average texture ``(T, T, 3)`` uint8, row 0 is v = 0, and the fraction of the atlas that was seen.
+    def _unwrapped_texture(self, source: CaptureFrame, vertices: np.ndarray, pose: np.ndarray) -> tuple[bytes, dict]:
+        """Made from the images of the training cameras, one in memory at a time.
 
-        One camera is in memory at a time. Texels that no camera sees get the mean colour of the others.
+        Images that cannot be used are passed over: they are reported where they are stored.
+
+        Raises:
+            CaptureError: no camera sees anything of the atlas.
         """
-        size = self.settings.texture_size
-        total, weights = torch.zeros(3, size, size), torch.zeros(size, size)
-        mesh = torch.from_numpy(vertices)
+        surface = self._unwrapper.surface(vertices)
+        total = TextureAverage(3, self.settings.texture_size)
         for camera_id in self.settings.unwrap_camera_ids:
-            camera = self._cameras[camera_id]
-            name = f"image of camera {camera_id}, frame {frame_id}"
             try:
-                body = source.image_file(camera_id)
-                if body is None:
-                    continue
-                image = self._decode(body, name, camera.image_size_hw)
+                view = self._unwrapper.read(source, camera_id, surface, pose)
             except (CaptureError, CodecError):
-                if self.settings.on_error == "fail":
-                    raise
                 continue
-            cameras = CameraTensors(
-                torch.from_numpy(camera.intrinsics).float()[None],
-                cam_from_head_tensor(camera.cam_from_world, pose)[None],
-            )
-            pixels = torch.from_numpy(image.copy()).permute(2, 0, 1).float()[None]
-            texture, weight = self._unwrapper.unwrap(mesh, pixels, cameras)
-            total += texture[0] * weight
-            weights += weight[0]
-        seen = weights > 0
+            if view is not None:
+                total.add(*view)
+        average, seen = total.mean()
         if not seen.any():
-            raise CaptureError(f"frame {frame_id}: no average texture, and no image from which to make one")
-        average = total / weights.clamp(min=1e-8)
-        average = torch.where(seen, average, average[:, seen].mean(1)[:, None, None])
-        covered = self._unwrapper.covered
-        fraction = float((seen & covered).sum() / covered.sum())
-        return average.round().clamp(0, 255).byte().permute(1, 2, 0).numpy(), fraction
+            raise CaptureError("no average texture, and no image from which to make one")
+        facts = {"average_texture": "unwrapped", "texture_seen_fraction": self._unwrapper.seen_fraction(seen)}
+        rows = average.round().clamp(0, 255).byte().permute(1, 2, 0).numpy()[::-1]
+        return encode_image(np.ascontiguousarray(rows), "png"), facts
 
-    def _decode(self, body: bytes, name: str, size_hw: tuple[int, int] | None) -> np.ndarray:
-        image = decode_any_image(body, name)
-        if size_hw is not None:
-            _check_size(image, name, size_hw)
-        return image
-
-    def _encode(self, image: np.ndarray, body: bytes, size_hw: tuple[int, int]) -> bytes:
+    def _encode(self, image: np.ndarray, body: bytes | None, size_hw: tuple[int, int]) -> bytes:
+        """``image`` as it is stored; the captured ``body`` itself where that is the same."""
         settings = self.settings
-        if settings.codec == "png" and image.shape[:2] == tuple(size_hw) and is_plain_png(body, "RGB"):
+        if (
+            body is not None
+            and settings.codec == "png"
+            and image.shape[:2] == tuple(size_hw)
+            and is_plain_png(body, "RGB")
+        ):
             return body
         return encode_image(resize_image(image, size_hw, settings.resize_filter), settings.codec, settings.quality)
-
-    def _skip_or_raise(self, name: str, error: CaptureError | CodecError) -> None:
-        if self.settings.on_error == "fail":
-            raise CaptureError(
-                f"{self.capture.uri}: {error}; fetch that file again, or set on_error=skip to leave it out"
-            ) from error
-        self.skipped.append(SkippedFile(path=name, reason=str(error)))
-
-
-def _check_size(image: np.ndarray, name: str, size_hw: tuple[int, int]) -> None:
-    if image.shape[:2] != tuple(size_hw):
-        found, expected = "x".join(map(str, image.shape[1::-1])), "x".join(map(str, size_hw[::-1]))
-        raise CodecError(f"{name}: {found} pixels (W x H), but its camera is calibrated for {expected}")

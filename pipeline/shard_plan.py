@@ -6,13 +6,14 @@ import hashlib
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 from pydantic import Field
 
 from lipflow.config import StrictConfig
-from lipflow.errors import CaptureError, ConfigError
-from pipeline.capture import Capture
+from lipflow.errors import ConfigError
+from pipeline.capture import Capture, open_capture, require_pinhole
+from pipeline.captures.view import SelectedCameras
 from pipeline.codecs import ImageCodec, ResizeFilter, check_codec
+from pipeline.driving.driven import DrivingConfig, with_driving
 from pipeline.manifest import FORMAT_VERSION, CameraRecord, canonical_sha256
 from pipeline.samples import SampleSettings
 from pipeline.setfiles import encode_topology
@@ -33,7 +34,9 @@ class ShardConfig(StrictConfig):
         splits: segments and cameras of training, validation and test.
         store_view_textures: also store the textures unwrapped from single cameras, where the capture has them.
         statistics: ``recompute`` over the training segments, or take the ``capture``'s own files.
-        on_error: whether a corrupt file fails the job, or is listed and skipped.
+        distortion: what is done with images of cameras with lens distortion: undistorted to the same K, or refused.
+        driving: the driving signals that are rendered where the capture has none.
+        on_error: whether corrupt files fail the job, which names them all, or are listed in the manifest and skipped.
         max_skipped_fraction: with ``skip``, the fraction of all files above which the job fails nevertheless.
     """
 
@@ -47,6 +50,8 @@ class ShardConfig(StrictConfig):
     splits: SplitConfig = SplitConfig()
     store_view_textures: bool = False
     statistics: Literal["recompute", "capture"] = "recompute"
+    distortion: Literal["undistort", "refuse"] = "undistort"
+    driving: DrivingConfig = DrivingConfig()
     on_error: Literal["fail", "skip"] = "fail"
     max_skipped_fraction: float = Field(default=0.01, ge=0, le=1)
 
@@ -73,24 +78,46 @@ class ShardPlan:
     fingerprint: str
 
 
+def open_for_sharding(capture: Capture | str, config: ShardConfig) -> Capture:
+    """The capture as it is stored: the cameras of the splits alone, and with driving signals.
+
+    Args:
+        capture: the open capture, or its URI.
+        config: with splits that name no files any more; see :func:`pipeline.splits.with_split_files`.
+
+    Raises:
+        CaptureError: there is no such capture.
+        ConfigError: splits or driving signals that do not fit it.
+    """
+    if isinstance(capture, str):
+        capture = open_capture(capture)
+    train, test = split_cameras(capture, config.splits)
+    if len(train) + len(test) < len(capture.cameras):
+        capture = SelectedCameras(capture, {*train, *test})
+    # Cameras that are drawn by number spare the frontal one, which is therefore chosen first.
+    return with_driving(capture, config.driving, frontal_among=train if config.splits.test_cameras else None)
+
+
 def plan_shards(capture: Capture, config: ShardConfig) -> ShardPlan:
     """Which frames go into which shard.
 
+    Args:
+        capture: as :func:`open_for_sharding` gives it.
+        config: the configuration of the set.
+
     Raises:
-        CaptureError: a camera with lens distortion, or a name that cannot stand in a tar.
+        CaptureError: a camera with lens distortion that is to be refused, or a headset camera with any.
         ConfigError: splits or sizes that do not fit the capture, or a codec that is not installed.
     """
     check_codec(config.codec)
-    for camera in (*capture.cameras, *capture.headset_cameras):
-        if np.any(np.asarray(camera.distortion) != 0):
-            raise CaptureError(
-                f"{capture.uri}: camera {camera.camera_id} has lens distortion {np.asarray(camera.distortion)};"
-                " undistort the images and set its coefficients to zero first"
-            )
+    pinholes = (
+        capture.headset_cameras if config.distortion == "undistort" else (*capture.cameras, *capture.headset_cameras)
+    )
+    require_pinhole(pinholes, capture.uri)
     splits = split_segments(capture, config.splits)
     train_cameras, test_cameras = split_cameras(capture, config.splits)
     settings = sample_settings(capture, config)
-    fingerprint = _fingerprint(capture, config)
+    fingerprint = _fingerprint(capture, config, settings.texture_size)
     shards: list[ShardTask] = []
     for split in SPLITS:
         keys = [f"{segment}/{frame}" for segment in splits[split] for frame in capture.segments[segment]]
@@ -116,7 +143,6 @@ def sample_settings(capture: Capture, config: ShardConfig) -> SampleSettings:
         resize_filter=config.resize_filter,
         store_view_textures=config.store_view_textures,
         unwrap_camera_ids=tuple(split_cameras(capture, config.splits)[0]),
-        on_error=config.on_error,
     )
 
 
@@ -128,7 +154,7 @@ def _common_image_size(capture: Capture) -> tuple[int, int]:
     return height, width
 
 
-def _fingerprint(capture: Capture, config: ShardConfig) -> str:
+def _fingerprint(capture: Capture, config: ShardConfig, texture_size: int) -> str:
     """What decides a set's content: the configuration, the capture's listing, and probes of its files.
 
     Reading every byte of a capture to name it would take as long as sharding it. The first frame of every segment
@@ -147,7 +173,7 @@ def _fingerprint(capture: Capture, config: ShardConfig) -> str:
             "cameras": [CameraRecord.of(camera).model_dump(mode="json") for camera in cameras],
             "frontal_camera_id": capture.frontal_camera_id,
             "keypoint_names": capture.keypoint_names,
-            "topology": _sha256(encode_topology(capture.topology, capture.texture_size)),
+            "topology": _sha256(encode_topology(capture.topology, texture_size)),
             "probes": probes,
         }
     )

@@ -17,17 +17,48 @@ from lipflow.config import StrictConfig
 from lipflow.errors import CaptureError, ShardSetError
 from lipflow.types import Normalization
 from pipeline import storage
-from pipeline.capture import Capture, open_capture
+from pipeline.capture import Capture
 from pipeline.codecs import resize_image
 from pipeline.frames import read_mesh_and_texture
-from pipeline.manifest import CameraRecord, Manifest, SampleRecord, ShardRecord
+from pipeline.manifest import CameraRecord, Manifest, SampleRecord, ShardRecord, SkippedFile
 from pipeline.samples import SampleEncoder
 from pipeline.setfiles import NORMALIZATION_NAME, TOPOLOGY_NAME, encode_normalization, encode_topology
-from pipeline.shard_plan import ShardConfig, ShardPlan, ShardTask, plan_shards, sample_settings
+from pipeline.shard_plan import ShardConfig, ShardPlan, ShardTask, open_for_sharding, plan_shards, sample_settings
+from pipeline.splits import with_split_files
 from pipeline.stats import FrameSums, merge, normalization_from, sum_frames
 from pipeline.tar import ShardWriter
 
 _logger = logging.getLogger(__name__)
+
+
+MAX_LISTED_FAULTS = 100
+"""After so many corrupt files a job stops to look for more, and its error lists no more."""
+
+
+class CorruptFilesError(CaptureError):
+    """Files of a capture that cannot be used, under ``on_error: fail``.
+
+    Attributes:
+        capture_uri: the capture.
+        files: each with its address and the reason.
+    """
+
+    def __init__(self, capture_uri: str, files: tuple[SkippedFile, ...]):
+        self.capture_uri = capture_uri
+        self.files = files
+        named = "; ".join(
+            item.reason if item.path in item.reason else f"{item.path}: {item.reason}"
+            for item in files[:MAX_LISTED_FAULTS]
+        )
+        more = f"; and {len(files) - MAX_LISTED_FAULTS} more" if len(files) > MAX_LISTED_FAULTS else ""
+        count = "1 file" if len(files) == 1 else f"{len(files)} files"
+        super().__init__(
+            f"{capture_uri}: {count} cannot be used: {named}{more}. "
+            "Fetch what is named here again, or set shard.on_error=skip to leave it out"
+        )
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.capture_uri, self.files)
 
 
 class _ShardSidecar(StrictConfig):
@@ -41,13 +72,13 @@ def write_shard(capture: Capture | str, config: ShardConfig, task: ShardTask, ou
     """Write one shard, unless the very same one is there already. Its bytes depend on the arguments alone.
 
     Args:
-        capture: the open capture, or its URI.
+        capture: as :func:`pipeline.shard_plan.open_for_sharding` gives it, or its URI.
         config: the configuration of the set.
         task: one of the plan's.
         out_uri: the folder of the set.
 
     Raises:
-        CaptureError: a file of the capture is corrupt, and the policy is to fail.
+        CorruptFilesError: files of these frames are corrupt, and the policy is to fail; no shard is left.
         StorageError: the shard cannot be written.
     """
     present = _present_record(task, out_uri)
@@ -55,7 +86,7 @@ def write_shard(capture: Capture | str, config: ShardConfig, task: ShardTask, ou
         _logger.info("%s is there already", task.name)
         return present
     if isinstance(capture, str):
-        capture = open_capture(capture)
+        capture = open_for_sharding(capture, config)
     encoder = SampleEncoder(capture, sample_settings(capture, config))
     samples = []
     with storage.open_for_writing(storage.join(out_uri, task.name)) as stream, ShardWriter(stream) as writer:
@@ -65,6 +96,8 @@ def write_shard(capture: Capture | str, config: ShardConfig, task: ShardTask, ou
                 places = writer.add_sample(sample.frame_id, sample.members)
                 missing = tuple(sample.missing_views)
                 samples.append(SampleRecord(frame_id=sample.frame_id, members=places, missing_views=missing))
+        if encoder.skipped and config.on_error == "fail":
+            raise CorruptFilesError(capture.uri, tuple(encoder.skipped))
     record = ShardRecord(
         name=task.name,
         split=task.split,
@@ -180,11 +213,23 @@ def write_shards(capture: Capture, config: ShardConfig, out_uri: str) -> Manifes
     Raises:
         LipflowError: as the single steps.
     """
+    config = config.model_copy(update={"splits": with_split_files(config.splits)})
+    capture = open_for_sharding(capture, config)
     plan = plan_shards(capture, config)
     done = find_committed(out_uri, plan)
     if done is not None:
         return done
-    records = [write_shard(capture, config, task, out_uri) for task in plan.shards]
+    records: list[ShardRecord] = []
+    faults: list[SkippedFile] = []
+    for task in plan.shards:
+        try:
+            records.append(write_shard(capture, config, task, out_uri))
+        except CorruptFilesError as error:
+            faults += error.files
+            if len(faults) > MAX_LISTED_FAULTS:
+                break
+    if faults:
+        raise CorruptFilesError(capture.uri, tuple(faults))
     train = [record for record in records if record.split == "train"] if config.statistics == "recompute" else []
     partials = [shard_statistics(out_uri, record) for record in train]
     return commit(out_uri, capture, config, plan, records, reduce_statistics(out_uri, capture, config, partials))
@@ -217,11 +262,14 @@ def _check_skipped(capture: Capture, config: ShardConfig, records: tuple[ShardRe
 
 
 __all__ = [
+    "MAX_LISTED_FAULTS",
+    "CorruptFilesError",
     "ShardConfig",
     "ShardPlan",
     "ShardTask",
     "commit",
     "find_committed",
+    "open_for_sharding",
     "plan_shards",
     "reduce_statistics",
     "shard_statistics",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import pickle
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,9 @@ from pipeline import shards, storage
 from pipeline.capture import Capture, open_capture
 from pipeline.manifest import Manifest
 from pipeline.samples import SampleEncoder
-from pipeline.shards import ShardConfig, find_committed, plan_shards, write_shard, write_shards
+from pipeline.shards import CorruptFilesError, ShardConfig, find_committed, plan_shards, write_shard, write_shards
+from pipeline.splits import SplitConfig
+from pipeline.undistort import Undistorter
 
 CONFIG = ShardConfig(frames_per_shard=4)
 ALLOWED_ENDINGS = (".json", ".npy.zst", ".png")
@@ -218,30 +221,42 @@ def test_images_and_textures_are_resized_with_their_cameras(dome: Capture, tmp_p
             assert Image.open(io.BytesIO(body)).size == (16, 16)
 
 
-def test_a_truncated_image_fails_the_job_and_is_named(own_dome_folder: Path, tmp_path: Path):
-    path = own_dome_folder / "images" / "EXP_smile" / "400001" / "000001.png"
-    path.write_bytes(path.read_bytes()[:-200])
-    capture = open_capture(own_dome_folder)
-    with pytest.raises(CaptureError, match="camera 400001, frame EXP_smile/000001"):
-        write_shards(capture, CONFIG, str(tmp_path / "out"))
+def corrupted(folder: Path) -> list[str]:
+    """Three files made bad in three ways; their addresses."""
+    image = folder / "images" / "EXP_smile" / "400001" / "000001.png"
+    image.write_bytes(image.read_bytes()[:-200])
+    mesh = folder / "tracked_mesh" / "EXP_smile" / "000002.bin"
+    mesh.write_bytes(b"short")
+    odd = folder / "images" / "EXP_eyes" / "400003" / "000000.png"
+    Image.new("RGB", (5, 5)).save(odd)
+    return sorted(f"file://{path}" for path in (image, mesh, odd))
+
+
+def test_corrupt_files_fail_the_job_which_names_them_all_and_leaves_no_bad_shard(own_dome_folder: Path, tmp_path: Path):
+    bad = corrupted(own_dome_folder)
+    config = ShardConfig(frames_per_shard=1)
+    with pytest.raises(CorruptFilesError) as caught:
+        write_shards(open_capture(own_dome_folder), config, str(tmp_path / "out"))
+    assert sorted(item.path for item in caught.value.files) == bad
+    assert all(path in str(caught.value) for path in bad)
+    assert "3 files cannot be used" in str(caught.value)
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (str(again), again.files) == (str(caught.value), caught.value.files)
+    # Shards without a fault are kept for the next run; those with one are not there at all.
+    assert len(list((tmp_path / "out").glob("*.tar"))) == 15 - 3
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
 def test_corrupt_files_are_skipped_up_to_a_fraction_and_listed(own_dome_folder: Path, tmp_path: Path):
-    path = own_dome_folder / "images" / "EXP_smile" / "400001" / "000001.png"
-    path.write_bytes(path.read_bytes()[:-200])
-    (own_dome_folder / "tracked_mesh" / "EXP_smile" / "000002.bin").write_bytes(b"short")
+    bad = corrupted(own_dome_folder)
     capture = open_capture(own_dome_folder)
     strict = ShardConfig(on_error="skip", max_skipped_fraction=0.001)
-    with pytest.raises(CaptureError, match=r"2 of .* files cannot be used"):
+    with pytest.raises(CaptureError, match=r"3 of .* files cannot be used"):
         write_shards(capture, strict, str(tmp_path / "strict"))
     manifest = write_shards(capture, ShardConfig(on_error="skip", max_skipped_fraction=0.1), str(tmp_path / "out"))
-    assert sorted(item.path for item in manifest.skipped()) == [
-        "frame EXP_smile/000002",
-        "image of camera 400001, frame EXP_smile/000001",
-    ]
+    assert sorted(item.path for item in manifest.skipped()) == bad
     assert all(item.reason for item in manifest.skipped())
-    assert ("EXP_smile/000001", "400001") in set(manifest.missing_views())
+    assert {("EXP_smile/000001", "400001"), ("EXP_eyes/000000", "400003")} <= set(manifest.missing_views())
     frames = {sample.frame_id for shard in manifest.shards for sample in shard.samples}
     assert "EXP_smile/000002" not in frames
 
@@ -284,12 +299,43 @@ def test_view_textures_are_stored_on_request(own_dome_folder: Path, tmp_path: Pa
     assert with_texture == {("EXP_smile/000001", "400002.tex.png")}
 
 
-def test_distortion_is_refused(dome_folder: Path):
-    capture = open_capture(dome_folder)
-    bent = replace(capture.cameras[1], distortion=np.array([0.1, 0, 0, 0, 0]))
-    capture.cameras = (capture.cameras[0], bent, *capture.cameras[2:])
-    with pytest.raises(CaptureError, match=r"400002 has lens distortion .* undistort"):
-        plan_shards(capture, CONFIG)
+def bent(folder: Path) -> Capture:
+    """The capture with a lens before one of its cameras."""
+    capture = open_capture(folder)
+    camera = replace(capture.cameras[1], distortion=np.array([0.3, 0, 0, 0, 0]))
+    capture.cameras = (capture.cameras[0], camera, *capture.cameras[2:])
+    return capture
+
+
+def test_images_of_a_lens_are_undistorted(dome_folder: Path, manifest: Manifest, tmp_path: Path):
+    capture = bent(dome_folder)
+    undistorted = write_shards(capture, CONFIG, str(tmp_path))
+    shard = undistorted.shards[0]
+    sample = next(sample for sample in shard.samples if "400002" not in sample.missing_views)
+    segment, _, stem = sample.frame_id.partition("/")
+    for camera in capture.cameras[:2]:
+        body = capture.frame(segment, stem).image_file(camera.camera_id)
+        offset, size = sample.members[f"{camera.camera_id}.image.png"]
+        stored = np.asarray(Image.open(io.BytesIO(storage.read_range(tmp_path / shard.name, offset, size))))
+        captured = np.asarray(Image.open(io.BytesIO(body)))
+        np.testing.assert_array_equal(stored, Undistorter(camera).apply(captured))
+        assert (stored != captured).any() == bool(camera.distortion.any())
+    assert undistorted.cameras == manifest.cameras
+
+
+def test_distortion_is_refused_on_request(dome_folder: Path):
+    with pytest.raises(CaptureError, match=r"400002 has distortion .* undistort"):
+        plan_shards(bent(dome_folder), ShardConfig(distortion="refuse"))
+
+
+def test_cameras_in_neither_list_are_left_out(dome: Capture, tmp_path: Path):
+    splits = SplitConfig(train_cameras=("40000[125]",), test_cameras=("400004",))
+    manifest = write_shards(dome, ShardConfig(splits=splits), str(tmp_path))
+    assert manifest.train_camera_ids == ("400001", "400002", "400005")
+    assert manifest.test_camera_ids == ("400004",)
+    assert [camera.camera_id for camera in manifest.cameras] == ["400001", "400002", "400004", "400005"]
+    suffixes = {suffix for shard in manifest.shards for sample in shard.samples for suffix in sample.members}
+    assert not any(suffix.startswith(("400003", "400006")) for suffix in suffixes)
 
 
 def test_mixed_image_sizes_ask_for_one(dome_folder: Path):
