@@ -14,6 +14,9 @@ from cluster import command
 
 COMMANDS = {
     "synth": ("cluster.synth", "synth_command"),
+    "inspect": ("cluster.inspect", "inspect_command"),
+    "verify": ("cluster.verify", "verify_command"),
+    "unwrap": ("cluster.unwrap", "unwrap_command"),
     "shard": ("cluster.shard", "shard_command"),
     "train": ("cluster.train", "train_command"),
     "evaluate": ("cluster.evaluate", "evaluate_command"),
@@ -24,7 +27,10 @@ COMMANDS = {
 """Sub-command -> (module, function)."""
 
 SUMMARIES = {
-    "synth": "Write a synthetic dome capture (Multiface layout).",
+    "synth": "Write a synthetic dome capture (Multiface layout); run again to continue.",
+    "inspect": "Say what is in a capture and what it lacks; draw its mesh over its photos.",
+    "verify": "Decode every byte of a capture or a shard set and list what is bad.",
+    "unwrap": "Make the textures that a capture lacks from its images.",
     "shard": "Write a capture as WebDataset shards with a manifest.",
     "train": "Train an avatar on a shard set; run again to continue.",
     "evaluate": "Score an avatar: four quadrants, and latents fitted to each driving signal.",

@@ -1,0 +1,299 @@
+"""Every byte of a shard set: the digests of the manifest, and every member decoded.
+
+A shard is one task (:func:`verify_shard`). It is read once, from its first byte to its last, as a WebDataset reader
+does: the tar's own headers have to say what the manifest says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import IO, cast
+
+import numpy as np
+
+from lipflow.errors import LipflowError, ShardSetError
+from pipeline import storage
+from pipeline.captures.tracked import checked_vertices
+from pipeline.codecs import MAX_ARRAY_BYTES, ImageMode, decode_array, decode_image
+from pipeline.manifest import MANIFEST_NAME, Manifest, SampleRecord, ShardRecord
+from pipeline.samples import (
+    AVERAGE_TEXTURE,
+    FRAME,
+    KEYPOINTS,
+    VERTICES,
+    headset_suffix,
+    image_suffix,
+    view_texture_suffix,
+)
+from pipeline.setfiles import NORMALIZATION_NAME, TOPOLOGY_NAME, decode_normalization, decode_topology
+from pipeline.verification_report import FaultList, VerifyPart, VerifyReport, report_of
+
+LAYOUT = "shards"
+_CHUNK_BYTES = 16 * 2**20
+
+
+class ShardDigestError(ShardSetError):
+    """A file of the set whose bytes are not those that the manifest was made of."""
+
+
+class ShardMemberError(ShardSetError):
+    """A member that is not what, or not where, the manifest says."""
+
+
+RunShards = Callable[[str, Manifest], Iterable[VerifyPart]]
+"""Verifies all shards of the set at a URI, in any order and anywhere."""
+
+
+def run_shards_in_process(uri: str, manifest: Manifest) -> Iterator[VerifyPart]:
+    """One shard after the other."""
+    return (verify_shard(uri, manifest, record) for record in manifest.shards)
+
+
+def is_shard_set(uri: str) -> bool:
+    """Whether a manifest lies at a path or URI."""
+    return storage.exists(storage.join(uri, MANIFEST_NAME))
+
+
+def verify_shards(uri: str, run_shards: RunShards = run_shards_in_process) -> VerifyReport:
+    """Decode every file of a shard set, and compare all digests.
+
+    Args:
+        uri: path, ``file://`` or ``s3://``.
+        run_shards: how the shards are done.
+
+    Raises:
+        StorageError: storage fails as a whole.
+    """
+    uri = storage.normalize_uri(uri)
+    faults = FaultList(uri)
+    try:
+        manifest = Manifest.load(uri)
+    except LipflowError as error:
+        faults.add(error, storage.join(uri, MANIFEST_NAME))
+        return report_of(uri, LAYOUT, [VerifyPart(1, tuple(faults.bad))], complete=False)
+    parts = [VerifyPart(1), _verify_set_files(uri, manifest)]
+    report = report_of(uri, LAYOUT, [*parts, *run_shards(uri, manifest)], complete=True)
+    missing = list(manifest.missing_views())
+    return replace(
+        report,
+        missing_views=_counts(camera_id for _, camera_id in missing),
+        missing_views_by_segment=_counts(frame_id.partition("/")[0] for frame_id, _ in missing),
+        missing_headset_views=_counts(_missing_headset_views(manifest)),
+    )
+
+
+def verify_shard(uri: str, manifest: Manifest, record: ShardRecord) -> VerifyPart:
+    """Read one shard whole, decode its members and compare its digest.
+
+    Args:
+        uri: of the set.
+        manifest: of the set.
+        record: of the shard.
+
+    Raises:
+        StorageError: storage fails as a whole.
+    """
+    shard_uri = storage.join(uri, record.name)
+    faults = FaultList(uri)
+    try:
+        stream = _DigestedShard(shard_uri)
+        decoded, absent = _decode_members(stream, shard_uri, manifest, record, faults)
+        stream.drain()
+        if (stream.size_bytes, stream.digest.hexdigest()) != (record.size_bytes, record.sha256):
+            faults.add(
+                ShardDigestError(
+                    f"{shard_uri}: {stream.size_bytes} bytes of SHA-256 {stream.digest.hexdigest()[:12]}…, but the "
+                    f"manifest says {record.size_bytes} of {record.sha256[:12]}…; fetch it again, or shard again"
+                ),
+                shard_uri,
+            )
+        elif absent:
+            faults.add(
+                ShardMemberError(
+                    f"{shard_uri}: {len(absent)} members of the manifest are not in it, first {absent[0]}; shard again"
+                ),
+                shard_uri,
+            )
+    except LipflowError as error:
+        faults.add(error, shard_uri)
+        return VerifyPart(1, tuple(faults.bad))
+    return VerifyPart(1 + decoded, tuple(faults.bad))
+
+
+def _verify_set_files(uri: str, manifest: Manifest) -> VerifyPart:
+    faults = FaultList(uri)
+    for name, check in ((TOPOLOGY_NAME, _check_topology), (NORMALIZATION_NAME, _check_normalization)):
+        source = storage.join(uri, name)
+        try:
+            body = storage.read_bytes(source)
+            if hashlib.sha256(body).hexdigest() != manifest.files.get(name):
+                raise ShardDigestError(f"{source}: its SHA-256 is not the manifest's; fetch it again, or shard again")
+            check(body, source, manifest)
+        except LipflowError as error:
+            faults.add(error, source)
+    return VerifyPart(2, tuple(faults.bad))
+
+
+def _check_topology(body: bytes, source: str, manifest: Manifest) -> None:
+    topology = decode_topology(body, source)
+    size = manifest.texture_size
+    if topology.num_vertices != manifest.num_vertices or topology.weight_mask.shape != (size, size):
+        raise ShardMemberError(f"{source}: not of {manifest.num_vertices} vertices, {size} texels; shard again")
+
+
+def _check_normalization(body: bytes, source: str, manifest: Manifest) -> None:
+    normalization, size = decode_normalization(body, source), manifest.texture_size
+    checked_vertices(normalization.vertices_mean, manifest.num_vertices, source)
+    if normalization.texture_mean.shape != (3, size, size):
+        raise ShardMemberError(f"{source}: a mean texture of {normalization.texture_mean.shape}, not {size} texels")
+
+
+def _decode_members(
+    stream: _DigestedShard, shard_uri: str, manifest: Manifest, record: ShardRecord, faults: FaultList
+) -> tuple[int, list[str]]:
+    """The number of members that were looked at, and the names of those that did not come."""
+    samples = {sample.frame_id: sample for sample in record.samples}
+    waiting = dict.fromkeys(f"{sample.frame_id}.{suffix}" for sample in record.samples for suffix in sample.members)
+    decoded = 0
+    try:
+        with tarfile.open(fileobj=cast("IO[bytes]", stream), mode="r|") as tar:
+            for entry in tar:
+                decoded += 1
+                waiting.pop(entry.name, None)
+                source = f"{shard_uri}!{entry.name}"
+                try:
+                    folder, _, file = entry.name.rpartition("/")
+                    frame, _, suffix = file.partition(".")
+                    sample = samples.get(f"{folder}/{frame}")
+                    if sample is None or sample.members.get(suffix) != (entry.offset_data, entry.size):
+                        raise ShardMemberError(f"{source}: not in the manifest, or at another place; shard again")
+                    content = tar.extractfile(entry)
+                    if content is None or entry.size > MAX_ARRAY_BYTES:
+                        raise ShardMemberError(f"{source}: {entry.size} bytes, not a file of a sample; shard again")
+                    _check_member(content.read(), suffix, sample, source, manifest)
+                except LipflowError as error:
+                    faults.add(error, source)
+    except (tarfile.TarError, EOFError):
+        # What did not come is absent, and the digest differs.
+        pass
+    return decoded, list(waiting)
+
+
+def _check_member(body: bytes, suffix: str, sample: SampleRecord, source: str, manifest: Manifest) -> None:
+    if suffix == FRAME:
+        _check_frame(body, sample, source, manifest)
+    elif suffix == VERTICES:
+        checked_vertices(decode_array(body, source), manifest.num_vertices, source)
+    elif suffix == KEYPOINTS:
+        _check_shape(decode_array(body, source).shape, (len(manifest.keypoint_names), 3), source)
+    else:
+        mode, size_hw = _expected_image(suffix, source, manifest)
+        _check_shape(decode_image(body, source, mode).shape[:2], size_hw, source)
+
+
+def _expected_image(suffix: str, source: str, manifest: Manifest) -> tuple[ImageMode, tuple[int, int]]:
+    texture_size_hw = (manifest.texture_size, manifest.texture_size)
+    if suffix == AVERAGE_TEXTURE:
+        return "RGB", texture_size_hw
+    codec = str(manifest.config["codec"])
+    for camera in manifest.cameras:
+        if suffix == image_suffix(camera.camera_id, codec):
+            return "RGB", manifest.image_size_hw
+        if suffix == view_texture_suffix(camera.camera_id):
+            return "RGBA", texture_size_hw
+    for camera in manifest.headset_cameras:
+        if suffix == headset_suffix(camera.camera_id):
+            return "L", camera.image_size_hw
+    raise ShardMemberError(f"{source}: no member of that name belongs to a sample of this set; shard again")
+
+
+def _check_frame(body: bytes, sample: SampleRecord, source: str, manifest: Manifest) -> None:
+    """The ids, the pose, and the cameras: each is either present, with a member, or missing by the manifest."""
+    try:
+        facts = json.loads(body)
+        frame_id = f"{facts['segment']}/{facts['frame']}"
+        pose, present = np.array(facts["world_from_head"], np.float64), list(facts["cameras"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ShardMemberError(f"{source}: not the facts of a frame ({error}); shard again") from error
+    _check_shape(pose.shape, (3, 4), source)
+    codec = str(manifest.config["codec"])
+    stored = [
+        camera.camera_id for camera in manifest.cameras if image_suffix(camera.camera_id, codec) in sample.members
+    ]
+    known = {camera.camera_id for camera in manifest.cameras}
+    if frame_id != sample.frame_id or present != stored or known - set(stored) != set(sample.missing_views):
+        raise ShardMemberError(f"{source}: frame {frame_id} with {len(present)} cameras, not as the manifest has it")
+
+
+def _check_shape(found: tuple[int, ...], expected: tuple[int, ...], source: str) -> None:
+    if tuple(found) != tuple(expected):
+        raise ShardMemberError(f"{source}: shape {tuple(found)}, but the manifest says {tuple(expected)}; shard again")
+
+
+def _missing_headset_views(manifest: Manifest) -> Iterator[str]:
+    for record in manifest.shards:
+        for sample in record.samples:
+            for camera in manifest.headset_cameras:
+                if headset_suffix(camera.camera_id) not in sample.members:
+                    yield camera.camera_id
+
+
+def _counts(names: Iterable[str]) -> dict[str, int]:
+    return dict(sorted(Counter(names).items()))
+
+
+class _DigestedShard:
+    """A shard as :mod:`tarfile` reads a stream, in large ranges that are retried; every byte is digested.
+
+    Args:
+        uri: of the shard.
+    """
+
+    def __init__(self, uri: str):
+        self._uri = uri
+        self.size_bytes = storage.size_bytes(uri)
+        self.digest = hashlib.sha256()
+        self._buffer, self._buffer_start = b"", 0
+        self._position = 0
+
+    def read(self, count: int) -> bytes:
+        """The next ``count`` bytes; fewer at the end."""
+        pieces = []
+        while count > 0 and self._position < self.size_bytes:
+            if self._position == self._buffer_start + len(self._buffer):
+                self._fetch()
+            start = self._position - self._buffer_start
+            piece = self._buffer[start : start + count]
+            pieces.append(piece)
+            count -= len(piece)
+            self._position += len(piece)
+        return b"".join(pieces)
+
+    def drain(self) -> None:
+        """Read what is left, for the digest."""
+        self._position = self._buffer_start + len(self._buffer)
+        while self._position < self.size_bytes:
+            self._fetch()
+            self._position += len(self._buffer)
+
+    def _fetch(self) -> None:
+        length = min(_CHUNK_BYTES, self.size_bytes - self._position)
+        self._buffer, self._buffer_start = storage.read_range(self._uri, self._position, length), self._position
+        self.digest.update(self._buffer)
+
+
+__all__ = [
+    "LAYOUT",
+    "RunShards",
+    "ShardDigestError",
+    "ShardMemberError",
+    "is_shard_set",
+    "run_shards_in_process",
+    "verify_shard",
+    "verify_shards",
+]
