@@ -34,7 +34,7 @@ from lipflow.config import AvatarConfig, FitConfig, LossConfig, StrictConfig
 from lipflow.errors import ConfigError
 from lipflow.types import DRIVING_SIGNALS
 from pipeline import storage
-from pipeline.captures.dome import DomeConfig
+from pipeline.dome.writer import DomeConfig
 from pipeline.loader import LoaderConfig
 from pipeline.shards import ShardConfig
 from pipeline.splits import SplitConfig

@@ -20,7 +20,7 @@ from cluster.shard import ShardSummary
 from cluster.tracking import TrackingConfig, code_version, open_client, resolve_tracking_uri
 from cluster.train import TrainSummary
 from lipflow.types import DRIVING_SIGNALS
-from pipeline.captures.photo import check_photo, has_photo
+from pipeline.dome.photo import check_photo, has_photo
 
 _READING = (
     "Every row decodes a whole face from a latent code. 'hmc', 'frontal' and 'keypoints' see only headset views, one "

@@ -14,7 +14,7 @@ from cluster.synth import SynthSummary, synthesise
 from cluster.tracking import TrackingConfig
 from cluster.training_loop import TrainRecipe
 from lipflow.config import AvatarConfig
-from pipeline.captures.dome import DomeConfig
+from pipeline.dome.writer import DomeConfig
 from pipeline.loader import LoaderConfig
 from pipeline.shards import ShardConfig
 from pipeline.splits import SplitConfig

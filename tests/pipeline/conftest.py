@@ -10,7 +10,7 @@ import tenacity
 
 from pipeline import storage_s3
 from pipeline.capture import Capture, open_capture
-from pipeline.captures.dome import DomeConfig, write_dome
+from pipeline.dome.writer import DomeConfig, write_dome
 from pipeline.manifest import Manifest
 from pipeline.shards import ShardConfig, write_shards
 

@@ -5,8 +5,8 @@ import pytest
 
 from lipflow.errors import CaptureError
 from pipeline.capture import open_capture
-from pipeline.captures.dome import DomeConfig, write_dome
-from pipeline.captures.scene import synthesise_frame
+from pipeline.dome.scene import synthesise_frame
+from pipeline.dome.writer import DomeConfig, write_dome
 
 CONFIG = DomeConfig(
     cameras=2, image_size_hw=(24, 16), texture_size=16, segments=1, frames_per_segment=1, missing_fraction=0.3

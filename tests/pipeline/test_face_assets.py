@@ -8,10 +8,10 @@ import pytest
 from lipflow.errors import CaptureError
 from lipflow.render.camera import compose
 from lipflow.render.unwrap import Unwrapper
-from pipeline.captures.face import FaceAsset, procedural_face
 from pipeline.captures.krt import parse_krt
-from pipeline.captures.landmarks import LANDMARK_NAMES
-from pipeline.captures.realface import load_realface
+from pipeline.dome.face import FaceAsset, procedural_face
+from pipeline.dome.realface import load_realface
+from pipeline.driving.landmarks import LANDMARK_NAMES
 
 REALFACE = Path(__file__).resolve().parents[3] / "shared" / "assets" / "realface"
 needs_realface = pytest.mark.skipif(not REALFACE.is_dir(), reason="the real face asset (../shared) is not here")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lipflow.errors import CaptureError
-from pipeline.captures.photo import check_photo
+from pipeline.dome.photo import check_photo
 
 FACE = Path(__file__).resolve().parents[3] / "shared" / "assets" / "realface"
 
