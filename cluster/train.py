@@ -45,7 +45,7 @@ from cluster.registry import register_avatar
 from cluster.run import Run
 from cluster.runtime import progress_bar, ray_cluster, unwrapped
 from cluster.tracking import initialise, tracked_run
-from cluster.training_loop import AVATAR_FOLDER, TrainRecipe, train_worker
+from cluster.training_loop import AVATAR_FOLDER, TrainRecipe, checkpoint_folder, train_worker
 from lipflow.checkpoint import load_avatar
 from lipflow.errors import ConfigError, LipflowError
 from pipeline import storage
@@ -176,7 +176,7 @@ def train(shards_uri: str, out_uri: str, recipe: TrainRecipe) -> TrainSummary:
         }
         result = _fit(out_uri, recipe, settings, board)
         checkpoint, metrics = min(result.best_checkpoints or [], key=lambda item: item[1]["val_loss"])
-        with checkpoint.as_directory() as folder:
+        with checkpoint_folder(checkpoint) as folder:
             avatar_uri = storage.join(out_uri, AVATAR_FOLDER)
             storage.upload_dir(Path(folder, AVATAR_FOLDER), avatar_uri)
             model = _register(Path(folder, AVATAR_FOLDER), run, recipe, shards)

@@ -10,7 +10,7 @@ import math
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+from pyarrow.fs import LocalFileSystem
 from pydantic import Field
 from ray.train import Checkpoint
 from torch import nn
@@ -250,12 +251,26 @@ def _measure_driving(avatar: Avatar, shards: ShardSet) -> None:
     avatar.measure_driving(shards.frames(frame_ids, shards.train_camera_ids[:1]).driving)
 
 
+@contextmanager
+def checkpoint_folder(checkpoint: Checkpoint) -> Iterator[Path]:
+    """The files of a checkpoint, in a folder of this process alone where they have to be fetched.
+
+    Ray's own ``as_directory`` gives all processes of a node one folder, and one that is done with it may remove it
+    while another one is still filling it.
+    """
+    if isinstance(checkpoint.filesystem, LocalFileSystem):
+        yield Path(checkpoint.path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(checkpoint.to_directory(folder))
+
+
 def _restore(avatar: Avatar, optimizer: torch.optim.Optimizer) -> int:
     """Load the latest checkpoint, if there is one; returns the number of steps that are done."""
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
         return 0
-    with checkpoint.as_directory() as folder:
+    with checkpoint_folder(checkpoint) as folder:
         avatar.load_state_dict(load_avatar(Path(folder, AVATAR_FOLDER)).state_dict())
         saved = torch.load(Path(folder, OPTIMIZER_FILE), weights_only=True, map_location="cpu")
     optimizer.load_state_dict(saved["optimizer"])

@@ -8,15 +8,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from ray.train import Checkpoint
 from torch import nn
 
+from cluster.train import ray_storage
 from cluster.training_loop import (
     TrainRecipe,
     batches_from,
+    checkpoint_folder,
     learning_rate_factor,
     parameter_groups,
     seed_of,
 )
+from pipeline import storage
 
 RECIPE = TrainRecipe(steps=100, warmup_steps=10, learning_rate=1e-3, color_learning_rate_factor=7.0)
 
@@ -81,3 +85,20 @@ def test_an_epoch_is_read_only_when_its_turn_comes():
     batches = batches_from(loader, 0)
     assert [next(batches), next(batches), opened] == ["a", "b", [0]]
     assert [next(batches), opened] == ["a", [0, 1]]
+
+
+def test_fetched_checkpoints_have_a_folder_of_their_own(s3_server, tmp_path):
+    """Two readers on one node, the first of which ends while the second goes on: they share nothing."""
+    (tmp_path / "avatar").mkdir()
+    (tmp_path / "avatar" / "weights").write_bytes(b"weights")
+    storage.upload_dir(tmp_path, s3_server.uri("checkpoint"))
+    filesystem, path = ray_storage(s3_server.uri("checkpoint"))
+    remote = Checkpoint(path, filesystem)
+    with checkpoint_folder(remote) as outer:
+        with checkpoint_folder(remote) as inner:
+            assert inner != outer
+        assert not inner.exists()
+        assert (outer / "avatar" / "weights").read_bytes() == b"weights"
+    assert not outer.exists()
+    with checkpoint_folder(Checkpoint.from_directory(tmp_path)) as folder:
+        assert folder == tmp_path
