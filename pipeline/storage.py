@@ -1,12 +1,12 @@
 """The one door to storage: ``file://`` (or a plain path) and ``s3://`` are equals.
 
 Every write is atomic: the whole object appears, or nothing does. Reads and writes are retried, a bounded
-number of times and with jittered back-off, on throttling, server errors, resets, time-outs and short bodies;
-nothing else is retried. Whatever goes wrong is a :class:`~lipflow.errors.StorageError` of one line that names
-the address and the remedy.
+number of times and with jittered back-off, on throttling, server errors, resets, time-outs and short bodies
+(:mod:`pipeline.storage_s3_settings` states how often and how long); nothing else is retried. Whatever goes wrong is
+a :class:`~lipflow.errors.StorageError` of one line that names the address and the remedy.
 
 S3 is configured by the environment only (``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``,
-``AWS_ENDPOINT_URL``, ...): no key ever enters a config, a pickled task or a log.
+``AWS_ENDPOINT_URL``, ``AWS_PROFILE``, ...): no key ever enters a config, a pickled task or a log.
 """
 
 from __future__ import annotations
@@ -24,57 +24,20 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from lipflow.errors import StorageError
-from pipeline.storage_errors import explain
-from pipeline.storage_s3 import ShortBodyError, open_upload, retrying, s3_filesystem
+from pipeline import storage_s3
+from pipeline.storage_address import is_local, join, local_path, normalize_uri
+from pipeline.storage_errors import explain, is_not_found
+from pipeline.storage_s3 import EndOfObjectError, ShortBodyError, retrying
+from pipeline.storage_s3_streams import fetch_to_file, open_object, open_upload
 
 _Result = TypeVar("_Result")
 _CHUNK_BYTES = 16 * 2**20
+_MAX_SINGLE_PUT_BYTES = 64 * 2**20
 _PARTIAL_SUFFIX = ".partial"
 
 
 class ObjectNotFoundError(StorageError):
     """The object or folder that should be read is not there."""
-
-
-def normalize_uri(path_or_uri: str | Path) -> str:
-    """``file:///absolute/path`` or ``s3://bucket/key``, without a trailing slash.
-
-    Raises:
-        StorageError: a scheme that is neither of the two, or an ``s3://`` address without a bucket.
-    """
-    text = str(path_or_uri)
-    scheme, separator, rest = text.partition("://")
-    if not separator:
-        return "file://" + str(Path(text).expanduser().absolute())
-    if scheme == "file":
-        return "file://" + str(Path(rest).absolute())
-    if scheme != "s3":
-        raise StorageError(f"{text}: cannot use {scheme}:// addresses; give a path, file:// or s3://")
-    if not rest.strip("/"):
-        raise StorageError(f"{text}: no bucket is named; expected s3://BUCKET/KEY")
-    return "s3://" + rest.strip("/")
-
-
-def is_local(uri: str | Path) -> bool:
-    """Whether ``uri`` is a path or ``file://``."""
-    return normalize_uri(uri).startswith("file://")
-
-
-def local_path(uri: str | Path) -> Path:
-    """The path behind a local address.
-
-    Raises:
-        StorageError: the address is remote.
-    """
-    normal = normalize_uri(uri)
-    if not normal.startswith("file://"):
-        raise StorageError(f"{normal}: expected a local path; download it first")
-    return Path(normal.removeprefix("file://"))
-
-
-def join(uri: str | Path, *parts: str) -> str:
-    """``uri/part/part...``; the first argument may be a plain path."""
-    return "/".join([normalize_uri(uri).rstrip("/"), *(part.strip("/") for part in parts)])
 
 
 def read_bytes(uri: str | Path) -> bytes:
@@ -86,7 +49,7 @@ def read_bytes(uri: str | Path) -> bytes:
     """
     if is_local(uri):
         return _guarded(uri, "read", lambda: local_path(uri).read_bytes())
-    return _guarded(uri, "read", lambda: s3_filesystem().cat_file(_s3_path(uri)))
+    return _guarded(uri, "read", lambda: storage_s3.get_object(_s3_path(uri)))
 
 
 def read_range(uri: str | Path, offset: int, length: int) -> bytes:
@@ -99,18 +62,25 @@ def read_range(uri: str | Path, offset: int, length: int) -> bytes:
     if length == 0:
         return b""
 
-    def fetch() -> bytes:
-        if is_local(uri):
-            with local_path(uri).open("rb") as stream:
-                stream.seek(offset)
-                body = stream.read(length)
-        else:
-            body = s3_filesystem().cat_file(_s3_path(uri), start=offset, end=offset + length)
-        if len(body) != length:
-            raise ShortBodyError(f"{len(body)} bytes came back, expected {length} from offset {offset}")
-        return body
+    normal = normalize_uri(uri)
+    if not normal.startswith("file://"):
+        path = normal.removeprefix("s3://")
+        return _guarded(normal, "read", lambda: storage_s3.get_range(path, offset, length))
 
-    return _guarded(uri, "read", fetch)
+    def fetch() -> bytes:
+        descriptor = os.open(normal.removeprefix("file://"), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            end = os.fstat(descriptor).st_size
+            if end < offset + length:  # before memory is taken for bytes that are not there
+                raise EndOfObjectError(f"it ends at byte {end}, expected {length} from {offset} on")
+            body = os.pread(descriptor, length, offset)
+            if len(body) != length:
+                raise EndOfObjectError(f"it was cut while it was read, expected {length} from {offset} on")
+            return body
+        finally:
+            os.close(descriptor)
+
+    return _guarded(normal, "read", fetch)
 
 
 def read_text(uri: str | Path) -> str:
@@ -128,11 +98,11 @@ def write_bytes(uri: str | Path, body: bytes) -> None:
     Raises:
         StorageError: it cannot be written.
     """
-    if is_local(uri):
+    if is_local(uri) or len(body) > _MAX_SINGLE_PUT_BYTES:
         with open_for_writing(uri) as stream:
             stream.write(body)
     else:
-        _guarded(uri, "write", lambda: s3_filesystem().pipe_file(_s3_path(uri), body))
+        _guarded(uri, "write", lambda: storage_s3.put_object(_s3_path(uri), body))
 
 
 @contextmanager
@@ -167,7 +137,7 @@ def open_for_reading(uri: str | Path) -> Iterator[IO[bytes]]:
         with _translated(uri, "read"), local_path(uri).open("rb") as stream:
             yield stream
     else:
-        with _translated(uri, "read"), s3_filesystem().open(_s3_path(uri), "rb", block_size=_CHUNK_BYTES) as stream:
+        with _translated(uri, "read"), open_object(_s3_path(uri)) as stream:
             yield stream
 
 
@@ -175,7 +145,14 @@ def exists(uri: str | Path) -> bool:
     """Whether an object or a folder is there."""
     if is_local(uri):
         return _guarded(uri, "look up", lambda: local_path(uri).exists())
-    return _guarded(uri, "look up", lambda: bool(s3_filesystem().exists(_s3_path(uri))))
+    bucket, _, key = _s3_path(uri).partition("/")
+    try:
+        if key and _has_object(uri):
+            return True
+        page = _guarded(uri, "look up", lambda: next(storage_s3.list_pages(bucket, key and key + "/", MaxKeys=1)))
+    except ObjectNotFoundError:
+        return False
+    return not key or bool(page.get("Contents") or page.get("CommonPrefixes"))
 
 
 def listdir(uri: str | Path) -> list[str]:
@@ -191,12 +168,16 @@ def listdir(uri: str | Path) -> list[str]:
                 return [entry.name + "/" * entry.is_dir() for entry in scan if not _is_partial(entry.name)]
 
         return sorted(_guarded(uri, "list", entries))
-    prefix = _s3_path(uri) + "/"
-    listing = _guarded(uri, "list", lambda: s3_filesystem().ls(_s3_path(uri), detail=True))
-    inside = [entry for entry in listing if entry["name"].startswith(prefix)]
-    if listing and not inside:
-        raise ObjectNotFoundError(f"{normalize_uri(uri)}: expected a folder, found an object")
-    names = (entry["name"].removeprefix(prefix) + "/" * (entry["type"] == "directory") for entry in inside)
+    bucket, _, key = _s3_path(uri).partition("/")
+    prefix = key and key + "/"
+    names: set[str] = set()
+    with _translated(uri, "list"):
+        for page in storage_s3.list_pages(bucket, prefix, Delimiter="/"):
+            names |= {entry["Key"].removeprefix(prefix) for entry in page.get("Contents", [])}
+            names |= {entry["Prefix"].removeprefix(prefix) for entry in page.get("CommonPrefixes", [])}
+    if key and not names:
+        found = "found an object" if _has_object(uri) else "nothing is there"
+        raise ObjectNotFoundError(f"{normalize_uri(uri)}: expected a folder, {found}; check bucket and key")
     return sorted(name for name in names if name.strip("/"))
 
 
@@ -204,7 +185,7 @@ def size_bytes(uri: str | Path) -> int:
     """The size of an object."""
     if is_local(uri):
         return _guarded(uri, "look up", lambda: local_path(uri).stat().st_size)
-    return _guarded(uri, "look up", lambda: int(s3_filesystem().size(_s3_path(uri))))
+    return _guarded(uri, "look up", lambda: storage_s3.head_object(_s3_path(uri))[0])
 
 
 def sha256_hex(uri: str | Path) -> str:
@@ -222,7 +203,7 @@ def delete(uri: str | Path) -> None:
         if is_local(uri):
             _guarded(uri, "delete", lambda: local_path(uri).unlink(missing_ok=True))
         else:
-            _guarded(uri, "delete", lambda: s3_filesystem().rm_file(_s3_path(uri)))
+            _guarded(uri, "delete", lambda: storage_s3.delete_object(_s3_path(uri)))
     except ObjectNotFoundError:
         return
 
@@ -233,8 +214,16 @@ def delete_dir(uri: str | Path) -> None:
         if is_local(uri):
             _guarded(uri, "delete", lambda: shutil.rmtree(local_path(uri)))
         else:
-            for key in _guarded(uri, "list", lambda: s3_filesystem().find(_s3_path(uri) + "/")):
-                delete("s3://" + key)
+            bucket, _, key = _s3_path(uri).partition("/")
+            with _translated(uri, "list"):
+                keys = [
+                    entry["Key"]
+                    for page in storage_s3.list_pages(bucket, key and key + "/")
+                    for entry in page.get("Contents", [])
+                ]
+            for key in keys:
+                with _translated(f"s3://{bucket}/{key}", "delete"):
+                    storage_s3.delete_object(f"{bucket}/{key}")
     except ObjectNotFoundError:
         return
 
@@ -250,10 +239,7 @@ def download(uri: str | Path, target: str | Path) -> None:
     partial = final.with_name(f".{final.name}.{uuid.uuid4().hex}{_PARTIAL_SUFFIX}")
 
     def copy() -> None:
-        if is_local(uri):
-            shutil.copyfile(local_path(uri), partial)
-        else:
-            s3_filesystem().get_file(_s3_path(uri), str(partial))
+        shutil.copyfile(local_path(uri), partial)
         received, expected = partial.stat().st_size, size_bytes(uri)
         if received != expected:
             raise ShortBodyError(f"{received} bytes came back, expected {expected}")
@@ -261,7 +247,11 @@ def download(uri: str | Path, target: str | Path) -> None:
     with _translated(target, "write"):
         final.parent.mkdir(parents=True, exist_ok=True)
         try:
-            _guarded(uri, "read", copy)
+            if is_local(uri):
+                _guarded(uri, "read", copy)
+            else:
+                with _translated(uri, "read"):
+                    fetch_to_file(_s3_path(uri), partial)
             os.replace(partial, final)
         finally:
             partial.unlink(missing_ok=True)
@@ -298,7 +288,7 @@ def filesystem(uri: str | Path) -> tuple[AbstractFileSystem, str]:
     """
     if is_local(uri):
         return LocalFileSystem(), str(local_path(uri))
-    return s3_filesystem(), _s3_path(uri)
+    return storage_s3.s3_filesystem(for_libraries=True), _s3_path(uri)
 
 
 def check_writable(uri: str | Path) -> None:
@@ -313,8 +303,9 @@ def check_writable(uri: str | Path) -> None:
 
 
 def _guarded(uri: str | Path, action: str, call: Callable[[], _Result]) -> _Result:
+    """Run ``call``; what it asks of S3 is retried there, request by request."""
     with _translated(uri, action):
-        return retrying(call)
+        return retrying(call) if is_local(uri) else call()
 
 
 @contextmanager
@@ -328,8 +319,16 @@ def _translated(uri: str | Path, action: str) -> Iterator[None]:
         reason = explain(normalize_uri(uri), action, error)
         if reason is None:
             raise
-        kind = ObjectNotFoundError if isinstance(error, FileNotFoundError) and action != "write" else StorageError
+        kind = ObjectNotFoundError if is_not_found(error) and action != "write" else StorageError
         raise kind(f"{normalize_uri(uri)}: {reason}") from error
+
+
+def _has_object(uri: str | Path) -> bool:
+    try:
+        size_bytes(uri)
+    except ObjectNotFoundError:
+        return False
+    return True
 
 
 def _s3_path(uri: str | Path) -> str:
@@ -348,6 +347,7 @@ __all__ = [
     "download",
     "download_dir",
     "exists",
+    "filesystem",
     "is_local",
     "join",
     "listdir",

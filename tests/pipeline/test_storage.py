@@ -13,6 +13,8 @@ from botocore.exceptions import ClientError
 
 from lipflow.errors import StorageError
 from pipeline import storage, storage_s3
+from pipeline.storage_errors import explain
+from pipeline.storage_s3_settings import RetrySettings, configured_endpoint, settings_for_endpoint
 
 
 @pytest.fixture(params=["file", "s3"])
@@ -174,7 +176,7 @@ def test_an_unreachable_server_is_named(monkeypatch: pytest.MonkeyPatch, no_wait
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    with pytest.raises(StorageError, match=r"http://127\.0\.0\.1:9 up and reachable"):
+    with pytest.raises(StorageError, match=r"s3://bucket/key: .* 7 attempts at http://127\.0\.0\.1:9 .* up and"):
         storage.read_bytes("s3://bucket/key")
 
 
@@ -206,7 +208,7 @@ def test_transient_errors_are_tried_again_but_not_for_ever(error: Exception, no_
 
     with pytest.raises(type(error)):
         storage_s3.retrying(never)
-    assert len(calls) == storage_s3.MAX_ATTEMPTS
+    assert len(calls) == RetrySettings.from_environment().max_attempts
 
 
 @pytest.mark.parametrize("error", [_server_error(403, "AccessDenied"), FileNotFoundError(), PermissionError()])
@@ -233,3 +235,102 @@ def test_a_process_that_dies_in_a_write_leaves_no_object_and_does_not_hang(s3_se
     done = subprocess.run([sys.executable, "-c", program], timeout=60, check=False, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
     assert not storage.exists(s3_server.uri("left-open"))
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "addressing_style", "checksums"),
+    [
+        (None, "virtual", "when_supported"),
+        ("https://s3.eu-west-1.amazonaws.com", "virtual", "when_supported"),
+        ("https://s3.cn-north-1.amazonaws.com.cn", "virtual", "when_supported"),
+        ("https://oss-cn-hangzhou.aliyuncs.com", "virtual", "when_required"),
+        ("https://cos.ap-guangzhou.myqcloud.com", "virtual", "when_required"),
+        ("https://account.r2.cloudflarestorage.com", "path", "when_required"),
+        ("https://storage.googleapis.com", "path", "when_required"),
+        ("http://minio.internal:9000", "path", "when_required"),
+        ("http://127.0.0.1:8080", "path", "when_required"),
+        ("https://notamazonaws.com", "path", "when_required"),
+    ],
+)
+def test_settings_follow_from_the_endpoint(endpoint: str | None, addressing_style: str, checksums: str):
+    settings = settings_for_endpoint(endpoint)
+    assert (settings.addressing_style, settings.checksums) == (addressing_style, checksums)
+
+
+def test_the_filesystem_is_set_up_for_its_endpoint(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://minio.internal:9000")
+    monkeypatch.setenv("LIPFLOW_S3_READ_TIMEOUT_S", "7")
+    config = storage_s3.s3_filesystem().config_kwargs
+    assert config["s3"] == {"addressing_style": "path"}
+    assert config["request_checksum_calculation"] == config["response_checksum_validation"] == "when_required"
+    assert (config["read_timeout"], config["connect_timeout"], config["max_pool_connections"]) == (7, 10, 64)
+    assert config["retries"] == {"total_max_attempts": 1}
+    assert storage_s3.s3_filesystem(for_libraries=True).config_kwargs["retries"]["mode"] == "standard"
+    monkeypatch.setenv("LIPFLOW_S3_ADDRESSING_STYLE", "virtual")
+    assert storage_s3.s3_filesystem().config_kwargs["s3"] == {"addressing_style": "virtual"}
+
+
+def test_settings_that_no_server_has_are_named(monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(StorageError, match="AWS_ENDPOINT_URL=minio:9000: expected http"):
+        settings_for_endpoint("minio:9000")
+    monkeypatch.setenv("LIPFLOW_S3_ADDRESSING_STYLE", "sideways")
+    with pytest.raises(StorageError, match="expected path or virtual"):
+        settings_for_endpoint(None)
+
+
+@pytest.fixture
+def profile(s3_server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Keys and endpoint of the server in files of a profile, and not in the environment."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    keys, config = tmp_path / "credentials", tmp_path / "config"
+    keys.write_text("[lab]\naws_access_key_id = test-key\naws_secret_access_key = test-secret\n")
+    config.write_text(f"[profile lab]\nendpoint_url = {s3_server.endpoint}\nregion = us-east-1\n")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(keys))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(config))
+    monkeypatch.setenv("AWS_PROFILE", "lab")
+    return config
+
+
+def test_keys_and_endpoint_may_come_from_a_profile(profile: Path, s3_server, monkeypatch: pytest.MonkeyPatch):
+    assert configured_endpoint() == s3_server.endpoint
+    uri = s3_server.uri("by-profile")
+    storage.write_bytes(uri, b"body")
+    assert storage.read_bytes(uri) == b"body"
+    monkeypatch.setenv("AWS_PROFILE", "another")
+    with pytest.raises(StorageError, match=r"by-profile: .*another"):
+        storage.read_bytes(uri)
+
+
+def test_the_endpoint_may_come_from_a_services_section(profile: Path):
+    profile.write_text("[profile lab]\nservices = here\n[services here]\ns3 =\n  endpoint_url = http://one:1\n")
+    assert configured_endpoint() == "http://one:1"
+
+
+@pytest.mark.parametrize(
+    ("code", "remedy"),
+    [
+        ("AccessDenied", "check AWS_ACCESS_KEY_ID"),
+        ("SignatureDoesNotMatch", "check AWS_ACCESS_KEY_ID"),
+        ("403", "check AWS_ACCESS_KEY_ID"),
+        ("ExpiredToken", "have expired"),
+        ("400", "have expired"),
+        ("RequestTimeTooSkewed", "set its clock"),
+        ("PermanentRedirect", "set AWS_DEFAULT_REGION"),
+        ("NoSuchBucket", "create it or correct the address"),
+        ("PreconditionFailed", "changed while it was read"),
+        ("SlowDown", "LIPFLOW_S3_MAX_ATTEMPTS"),
+        ("TeapotError", "check AWS_ENDPOINT_URL"),
+    ],
+)
+def test_every_refusal_names_the_endpoint_and_the_remedy(code: str, remedy: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://server:1")
+    reason = explain("s3://bucket/key", "read", _server_error(400, code))
+    assert reason is not None
+    assert remedy in reason
+    assert code == "PermanentRedirect" or "http://server:1" in reason
+
+
+def test_what_is_not_about_storage_is_left_alone():
+    assert explain("s3://bucket/key", "write", RuntimeError("a bug")) is None
