@@ -7,6 +7,7 @@ import tempfile
 import threading
 from collections import defaultdict
 from pathlib import Path
+from typing import Literal
 
 from lipflow.errors import ShardSetError
 from pipeline import storage
@@ -14,9 +15,12 @@ from pipeline.manifest import ShardRecord
 
 _SUFFIX = ".shard"
 
+ShardCheck = Literal["once", "each-epoch", "size"]
+"""When a shard's SHA-256 is compared: at its first use by a process, in each epoch again, or never but for its size."""
+
 
 class ShardCache:
-    """Reads ranges of shards; a shard's digest is checked before its first byte is handed out.
+    """Reads ranges of shards; a shard is checked before its first byte is handed out, and whenever it was copied.
 
     Local shards are read where they lie. Several processes may share one folder: names are digests, files appear
     atomically, and a file that another process removed is fetched again.
@@ -25,12 +29,15 @@ class ShardCache:
         shards_uri: the shard set.
         folder: where copies of remote shards are kept; None: a temporary folder of this object.
         max_bytes: the copies' total size; the one used longest ago goes first.
+        check: ``"size"`` compares sizes alone; the two others compare digests, ``"each-epoch"`` anew after
+            :meth:`start_epoch`.
     """
 
-    def __init__(self, shards_uri: str, folder: str | Path | None, max_bytes: int):
+    def __init__(self, shards_uri: str, folder: str | Path | None, max_bytes: int, check: ShardCheck = "once"):
         self._shards_uri = storage.normalize_uri(shards_uri)
         self._local = storage.is_local(shards_uri)
         self._max_bytes = max_bytes
+        self._check_when = check
         self._temporary = None
         if folder is None and not self._local:
             self._temporary = tempfile.TemporaryDirectory(prefix="lipflow-shards-")
@@ -38,8 +45,15 @@ class ShardCache:
         self._folder = None if folder is None else Path(folder)
         self._locks: dict[str, threading.Lock] = defaultdict(threading.Lock)
         self._locks_guard = threading.Lock()
+        self._room = threading.Condition()
+        self._arriving: dict[str, int] = {}
         self._checked: set[str] = set()
         self._paths: dict[str, Path] = {}
+
+    def start_epoch(self) -> None:
+        """With ``check="each-epoch"``, no shard counts as checked any longer."""
+        if self._check_when == "each-epoch":
+            self._checked = set()
 
     def read(self, shard: ShardRecord, offset: int, size: int) -> bytes:
         """``size`` bytes of a shard.
@@ -71,14 +85,27 @@ class ShardCache:
             if there and shard.sha256 in self._checked:
                 return path
             if not there:
-                self._make_room(shard.size_bytes)
-                try:
-                    storage.download(storage.join(self._shards_uri, shard.name), path)
-                except storage.ObjectNotFoundError as error:
-                    raise ShardSetError(f"{error}; the manifest lists it, shard the capture again") from error
+                self._fetch(shard, path)
             self._check(shard, path)
             self._checked.add(shard.sha256)
             return path
+
+    def _fetch(self, shard: ShardRecord, path: Path) -> None:
+        """Copy a shard, after what other threads are copying if there is no room for both."""
+        with self._room:
+            self._room.wait_for(
+                lambda: not self._arriving or sum(self._arriving.values()) + shard.size_bytes <= self._max_bytes
+            )
+            self._arriving[shard.sha256] = shard.size_bytes
+            self._make_room(sum(self._arriving.values()))
+        try:
+            storage.download(storage.join(self._shards_uri, shard.name), path)
+        except storage.ObjectNotFoundError as error:
+            raise ShardSetError(f"{error}; the manifest lists it, shard the capture again") from error
+        finally:
+            with self._room:
+                del self._arriving[shard.sha256]
+                self._room.notify_all()
 
     def _path(self, shard: ShardRecord) -> Path:
         if self._folder is None or self._local:
@@ -91,7 +118,7 @@ class ShardCache:
             size = path.stat().st_size
         except FileNotFoundError as error:
             raise ShardSetError(f"{uri}: the shard is not there, but the manifest lists it; shard again") from error
-        if size == shard.size_bytes and storage.sha256_hex(path) == shard.sha256:
+        if size == shard.size_bytes and (self._check_when == "size" or storage.sha256_hex(path) == shard.sha256):
             return
         if not self._local:
             path.unlink(missing_ok=True)

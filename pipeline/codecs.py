@@ -11,29 +11,36 @@ import struct
 import tokenize
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import IO, Literal
 
+import numba
 import numpy as np
+import pyarrow
 import zstandard
 from PIL import Image, UnidentifiedImageError, features
 
 from lipflow.errors import ConfigError, LipflowError
+from pipeline.planar import PlanarFormatError, PlanarTooLargeError, decode_planar, encode_planar, planar_size_chw
 
-ImageCodec = Literal["png", "webp", "jpeg", "avif"]
+ImageCodec = Literal["png", "webp", "jpeg", "avif", "planar"]
 ImageMode = Literal["RGB", "RGBA", "L"]
 ResizeFilter = Literal["box", "lanczos"]
 
 MAX_IMAGE_PIXELS = 8192 * 8192
 MAX_ARRAY_BYTES = 2**30
 
-EXTENSION_OF_CODEC: dict[str, str] = {"png": "png", "webp": "webp", "jpeg": "jpg", "avif": "avif"}
+EXTENSION_OF_CODEC: dict[str, str] = {"png": "png", "webp": "webp", "jpeg": "jpg", "avif": "avif", "planar": "plz"}
 _FORMAT_OF_EXTENSION = {"png": "PNG", "webp": "WEBP", "jpg": "JPEG", "avif": "AVIF"}
 _ZSTD_LEVEL = 3
+_8, _16 = np.uint32(8), np.uint32(16)
 _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xae\x42\x60\x82"
 _PNG_MAX_TRAILER_BYTES = 4096
 _DECODABLE_MODES = frozenset({"1", "L", "P", "RGB", "RGBA"})
 _FILTERS = {"box": Image.Resampling.BOX, "lanczos": Image.Resampling.LANCZOS}
-_NPY_ERRORS = (ValueError, EOFError, SyntaxError, struct.error, tokenize.TokenError)
+_NUMBER_KINDS = frozenset("biuf")
+_NPY_ERRORS = (ValueError, EOFError, SyntaxError, RecursionError, MemoryError, struct.error, tokenize.TokenError)
 _IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 
 
@@ -60,7 +67,7 @@ def check_codec(codec: ImageCodec) -> None:
         ConfigError: with the codecs to choose from.
     """
     if codec in ("webp", "avif") and not features.check(codec):
-        raise ConfigError(f"codec={codec}: the installed Pillow cannot write it; choose png or jpeg")
+        raise ConfigError(f"codec={codec}: the installed Pillow cannot write it; choose planar, png or jpeg")
 
 
 def decode_image(body: bytes, name: str, mode: ImageMode = "RGB") -> np.ndarray:
@@ -73,19 +80,56 @@ def decode_image(body: bytes, name: str, mode: ImageMode = "RGB") -> np.ndarray:
     Raises:
         CodecError: another extension or format, too many pixels, a truncated or broken file.
     """
-    extension = name.rpartition(".")[2].lower()
-    expected = _FORMAT_OF_EXTENSION.get("jpg" if extension == "jpeg" else extension)
-    if expected is None:
-        raise CodecError(f"{name}: expected an image ({', '.join(sorted(_FORMAT_OF_EXTENSION))})")
-    return _decode(body, name, mode, (expected,))
+    if _is_planar(name):
+        planes = np.empty(_planar_size_chw(body, name), np.uint8)
+        _decode_planar(body, name, planes)
+        pixels = planes[0] if len(planes) == 1 else np.ascontiguousarray(planes.transpose(1, 2, 0))
+        own_mode = "L" if len(planes) == 1 else "RGB"
+        return pixels if mode == own_mode else np.asarray(Image.fromarray(pixels).convert(mode))
+    with _opened(body, name, mode, (_format_of(name),)) as image:
+        return np.asarray(image)
+
+
+def decode_image_into(body: bytes, name: str, target: np.ndarray, *, bottom_up: bool = False) -> None:
+    """Decode an image of a shard straight into its planes; the GIL is given back while pixels are decoded.
+
+    Args:
+        body: the file.
+        name: whose extension tells the format.
+        target: ``(3, H, W)`` or, for grey, ``(1, H, W)`` uint8, C-contiguous; undefined after an error.
+        bottom_up: whether row 0 of ``target`` is the bottom of the file.
+
+    Raises:
+        CodecError: as for :func:`decode_image`, or the image is not of the target's size.
+    """
+    rows = slice(None, None, -1 if bottom_up else None)
+    mode: ImageMode = "L" if len(target) == 1 else "RGB"
+    if _is_planar(name):
+        channels, height, width = _planar_size_chw(body, name)
+        _check_size((height, width), target, name)
+        if channels == len(target) and not bottom_up:
+            _decode_planar(body, name, target)
+        else:
+            target[...] = np.moveaxis(np.atleast_3d(decode_image(body, name, mode)), -1, 0)[:, rows]
+        return
+    with _opened(body, name, mode, (_format_of(name),), target) as image:
+        if mode == "L":
+            target[0] = np.asarray(image)[rows]
+        else:
+            _split_planes(_packed_pixels(image)[rows], target)
 
 
 def decode_any_image(body: bytes, name: str, mode: ImageMode = "RGB") -> np.ndarray:
     """Like :func:`decode_image` for captures: the format is told by the bytes, over the same allow-list."""
-    return _decode(body, name, mode, tuple(_FORMAT_OF_EXTENSION.values()))
+    with _opened(body, name, mode, tuple(_FORMAT_OF_EXTENSION.values())) as image:
+        return np.asarray(image)
 
 
-def _decode(body: bytes, name: str, mode: ImageMode, formats: tuple[str, ...]) -> np.ndarray:
+@contextmanager
+def _opened(
+    body: bytes, name: str, mode: ImageMode, formats: tuple[str, ...], target: np.ndarray | None = None
+) -> Iterator[Image.Image]:
+    """The image, decoded and in ``mode``; errors are translated. One of another size than a target's is not decoded."""
     if body.startswith(_PNG_START) and _PNG_END not in body[-_PNG_MAX_TRAILER_BYTES:]:
         raise TruncatedImageError(f"{name}: a PNG without its end: it is truncated; fetch it again")
     if body.startswith(_PNG_START):
@@ -97,7 +141,11 @@ def _decode(body: bytes, name: str, mode: ImageMode, formats: tuple[str, ...]) -
                 raise ImageBombError(f"{name}: {width}x{height} pixels, at most {MAX_IMAGE_PIXELS} are decoded")
             if image.mode not in _DECODABLE_MODES:
                 raise UnreadableImageError(f"{name}: pixel format {image.mode}, expected 8-bit RGB or grey")
-            return np.asarray(image.convert(mode))
+            if target is not None:
+                _check_size((height, width), target, name)
+            image.load()
+            # convert() copies even where there is nothing to convert
+            yield image if image.mode == mode else image.convert(mode)
     except Image.DecompressionBombError as error:
         raise ImageBombError(f"{name}: {error}") from error
     except UnidentifiedImageError as error:
@@ -105,6 +153,63 @@ def _decode(body: bytes, name: str, mode: ImageMode, formats: tuple[str, ...]) -
     except _IMAGE_ERRORS as error:
         kind = TruncatedImageError if "truncated" in str(error) else UnreadableImageError
         raise kind(f"{name}: not a whole {' or '.join(formats)} image ({error})") from error
+
+
+def _packed_pixels(image: Image.Image) -> np.ndarray:
+    """``(H, W)`` uint32 of an RGB image, red in the lowest byte: Pillow's own memory where it can be had."""
+    try:
+        packed = pyarrow.array(image).flatten().to_numpy(zero_copy_only=True)
+    except ValueError:  # a large image, which Pillow keeps in several pieces
+        packed = np.asarray(image.convert("RGBA"))
+    return packed.reshape(-1).view("<u4").reshape(image.height, image.width)
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _split_planes(pixels: np.ndarray, target: np.ndarray) -> None:
+    """``pixels (H, W)``, see :func:`_packed_pixels`, to ``target (3, H, W)``."""
+    height, width = pixels.shape
+    for y in range(height):
+        row, red, green, blue = pixels[y], target[0, y], target[1, y], target[2, y]
+        # three plain loops: each of them is vectorised
+        for x in range(width):
+            red[x] = row[x]
+        for x in range(width):
+            green[x] = row[x] >> _8
+        for x in range(width):
+            blue[x] = row[x] >> _16
+
+
+def _is_planar(name: str) -> bool:
+    return name.lower().endswith("." + EXTENSION_OF_CODEC["planar"])
+
+
+def _planar_size_chw(body: bytes, name: str) -> tuple[int, int, int]:
+    try:
+        return planar_size_chw(body, MAX_IMAGE_PIXELS)
+    except PlanarTooLargeError as error:
+        raise ImageBombError(f"{name}: {error}") from error
+    except PlanarFormatError as error:
+        raise UnreadableImageError(f"{name}: not a whole planar image ({error}); fetch it again") from error
+
+
+def _decode_planar(body: bytes, name: str, target: np.ndarray) -> None:
+    try:
+        decode_planar(body, target)
+    except PlanarFormatError as error:
+        raise UnreadableImageError(f"{name}: not a whole planar image ({error}); fetch it again") from error
+
+
+def _format_of(name: str) -> str:
+    extension = name.rpartition(".")[2].lower()
+    expected = _FORMAT_OF_EXTENSION.get("jpg" if extension == "jpeg" else extension)
+    if expected is None:
+        raise CodecError(f"{name}: expected an image ({', '.join(sorted(EXTENSION_OF_CODEC.values()))})")
+    return expected
+
+
+def _check_size(size_hw: tuple[int, int], target: np.ndarray, name: str) -> None:
+    if size_hw != target.shape[1:]:
+        raise CodecError(f"{name}: {size_hw[0]} x {size_hw[1]} pixels, expected {target.shape[1]} x {target.shape[2]}")
 
 
 def _check_png_chunks(body: bytes, name: str) -> None:
@@ -145,9 +250,9 @@ def is_plain_png(body: bytes, mode: ImageMode) -> bool:
 
 
 def encode_image(image: np.ndarray, codec: ImageCodec, quality: int = 95) -> bytes:
-    """Encode ``(H, W)``, ``(H, W, 3)`` or, but for JPEG, ``(H, W, 4)`` uint8.
+    """Encode ``(H, W)``, ``(H, W, 3)`` or, but for JPEG and planar, ``(H, W, 4)`` uint8.
 
-    PNG and WebP are lossless; ``quality`` is for JPEG and AVIF.
+    PNG, WebP and planar (:mod:`pipeline.planar`) are lossless; ``quality`` is for JPEG and AVIF.
     """
     target = io.BytesIO()
     picture = Image.fromarray(np.ascontiguousarray(image))
@@ -157,6 +262,8 @@ def encode_image(image: np.ndarray, codec: ImageCodec, quality: int = 95) -> byt
         picture.save(target, "WEBP", lossless=True, exact=True, method=4, quality=50)
     elif codec == "jpeg":
         picture.save(target, "JPEG", quality=quality, subsampling=0)
+    elif codec == "planar":
+        return encode_planar(image)
     else:
         picture.save(target, "AVIF", quality=quality, subsampling="4:4:4")
     return target.getvalue()
@@ -177,20 +284,22 @@ def encode_array(array: np.ndarray) -> bytes:
     """``npy`` without pickle, compressed by zstandard."""
     target = io.BytesIO()
     np.lib.format.write_array(target, np.asarray(array, order="C"), version=(1, 0), allow_pickle=False)
-    return zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compress(target.getvalue())
+    return zstandard.ZstdCompressor(level=_ZSTD_LEVEL, write_checksum=True).compress(target.getvalue())
 
 
-def decode_array(body: bytes, name: str) -> np.ndarray:
-    """The array of a ``.npy.zst`` member.
+def decode_array(body: bytes, name: str, max_bytes: int | None = None) -> np.ndarray:
+    """The array of a ``.npy.zst`` member; ``max_bytes`` bounds it with its header.
 
     Raises:
         CodecError: not such an array, an array of objects, or one whose header and size disagree.
     """
     try:
         size = zstandard.get_frame_parameters(body).content_size
-        if not 0 <= size <= MAX_ARRAY_BYTES:
-            raise CodecError(f"{name}: an array of unknown size or above {MAX_ARRAY_BYTES} bytes is not decoded")
-        stream = io.BytesIO(zstandard.ZstdDecompressor().decompress(body, max_output_size=size))
+        bound = MAX_ARRAY_BYTES if max_bytes is None else max_bytes
+        if not 0 <= size <= bound:
+            raise CodecError(f"{name}: an array of unknown size or above {bound} bytes is not decoded")
+        plain = zstandard.ZstdDecompressor().decompress(body, max_output_size=size, allow_extra_data=False)
+        stream = io.BytesIO(plain)
         version = np.lib.format.read_magic(stream)
         if version != (1, 0):
             raise CodecError(f"{name}: npy version {version}, expected (1, 0)")
@@ -198,7 +307,9 @@ def decode_array(body: bytes, name: str) -> np.ndarray:
     except (zstandard.ZstdError, *_NPY_ERRORS) as error:
         raise CodecError(f"{name}: not a npy.zst array ({error})") from error
     values = stream.read()
-    if dtype.hasobject or fortran_order or len(values) != math.prod(shape) * dtype.itemsize:
+    shape = tuple(int(side) for side in shape)
+    fits = all(side >= 0 for side in shape) and len(values) == math.prod(shape) * dtype.itemsize
+    if dtype.kind not in _NUMBER_KINDS or fortran_order or not fits:
         raise CodecError(f"{name}: a npy header {dtype} {shape} that does not fit its {len(values)} bytes")
     return np.frombuffer(values, dtype).reshape(shape).copy()
 
@@ -222,6 +333,10 @@ def decode_npz(body: bytes, name: str) -> dict[str, np.ndarray]:
         if declared > MAX_ARRAY_BYTES:
             raise CodecError(f"{name}: declares {declared} bytes of arrays, at most {MAX_ARRAY_BYTES} are decoded")
         with np.load(io.BytesIO(body), allow_pickle=False) as arrays:
-            return {key: arrays[key] for key in arrays.files}
-    except (*_NPY_ERRORS, OSError, KeyError, zlib.error, zipfile.BadZipFile, NotImplementedError, MemoryError) as error:
+            loaded = {key: arrays[key] for key in arrays.files}
+    except (*_NPY_ERRORS, OSError, KeyError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
         raise CodecError(f"{name}: not a npz archive of plain arrays ({error})") from error
+    for key, array in loaded.items():
+        if not isinstance(array, np.ndarray):  # what has no npy header comes back as bytes
+            raise CodecError(f"{name}: its member {key} is not an array")
+    return loaded

@@ -1,48 +1,88 @@
-"""From the bytes of a sample's members to arrays. Textures are flipped here, and nowhere else on the way back."""
+"""From the bytes of a sample's members to arrays. Textures are flipped here, and nowhere else on the way back.
+
+The pixels of a batch are decoded straight into one piece of memory, :class:`BatchPixels`: they are written once, and
+that memory can be pinned.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from lipflow.errors import ShardSetError
 from pipeline import storage
-from pipeline.codecs import CodecError, decode_array, decode_image
+from pipeline.codecs import CodecError, decode_array, decode_image, decode_image_into
 from pipeline.manifest import Manifest, SampleRecord
+from pipeline.pixel_memory import PixelMemory
 from pipeline.samples import AVERAGE_TEXTURE, FRAME, KEYPOINTS, VERTICES, headset_suffix, image_suffix
+
+_NPY_HEADER_BYTES = 1024
 
 MemberReader = Callable[[int, int], bytes]
 """Reads (offset, size) of a shard."""
 
 
 @dataclass
+class FramePixels:
+    """Where one frame's pixels go, all uint8.
+
+    Attributes:
+        images: ``(K, 3, H, W)``.
+        average_texture: ``(3, T, T)``, row 0 is v = 0.
+        frontal: ``(3, H, W)``, or None if it is not asked for.
+    """
+
+    images: np.ndarray
+    average_texture: np.ndarray
+    frontal: np.ndarray | None
+
+
+@dataclass
+class BatchPixels:
+    """The pixels of a batch before and after they were decoded.
+
+    Attributes:
+        images: ``(B, K, 3, H, W)`` uint8.
+        average_texture: ``(B, 3, T, T)`` uint8, row 0 is v = 0.
+        frontal: ``(B, 3, H, W)`` uint8, or None if it is not asked for.
+    """
+
+    images: Tensor
+    average_texture: Tensor
+    frontal: Tensor | None
+
+    def frame(self, place: int) -> FramePixels:
+        """The share of one frame."""
+        frontal = None if self.frontal is None else self.frontal[place].numpy()
+        return FramePixels(self.images[place].numpy(), self.average_texture[place].numpy(), frontal)
+
+
+@dataclass
 class FrameArrays:
-    """One decoded frame with some of its views.
+    """What was decoded of one frame besides its pixels.
 
     Attributes:
         vertices: ``(V, 3)`` float32 mm.
-        average_texture: ``(3, T, T)`` uint8, row 0 is v = 0.
         world_from_head: ``(3, 4)`` float64.
-        images: ``(K, 3, H, W)`` uint8; zero where the view is missing.
         view_present: ``(K,)`` bool.
         headset: ``(C, 1, h, w)`` uint8, or None if it was not asked for.
         headset_present: ``(C,)`` bool.
-        frontal: ``(3, H, W)`` uint8, or None if it was not asked for.
         frontal_present: whether the frontal image is there.
         keypoints: ``(L, 3)`` float32; confidence 0 where the frame has none. None if not asked for.
     """
 
     vertices: np.ndarray
-    average_texture: np.ndarray
     world_from_head: np.ndarray
-    images: np.ndarray
     view_present: np.ndarray
     headset: np.ndarray | None = None
     headset_present: np.ndarray | None = None
-    frontal: np.ndarray | None = None
     frontal_present: bool = False
     keypoints: np.ndarray | None = None
 
@@ -53,9 +93,11 @@ class FrameReader:
     Args:
         manifest: of the shard set.
         signals: the driving signals to decode; those that the set lacks are left out.
+        kept_batches: for how many batches memory is kept after they were dropped, to be written again.
     """
 
-    def __init__(self, manifest: Manifest, signals: Sequence[str]):
+    def __init__(self, manifest: Manifest, signals: Sequence[str], kept_batches: int = 0):
+        self._memory = PixelMemory(kept_batches)
         self._manifest = manifest
         self._codec = str(manifest.config["codec"])
         self.with_headset = "hmc" in signals and bool(manifest.headset_cameras)
@@ -63,48 +105,89 @@ class FrameReader:
         has_points = bool(manifest.keypoint_names) and manifest.frontal_camera_id is not None
         self.with_keypoints = "keypoints" in signals and has_points
 
-    def read(self, sample: SampleRecord, read: MemberReader, camera_ids: Sequence[str | None]) -> FrameArrays:
+    def allocate(self, frames: int, views: int, *, pinned: bool = False) -> BatchPixels:
+        """Memory for a batch of ``frames`` with ``views`` each; ``pinned`` needs CUDA."""
+        size_hw, texture_size = self._manifest.image_size_hw, self._manifest.texture_size
+
+        def uint8(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=torch.uint8, pin_memory=True) if pinned else self._memory.take(*shape)
+
+        return BatchPixels(
+            images=uint8(frames, views, 3, *size_hw),
+            average_texture=uint8(frames, 3, texture_size, texture_size),
+            frontal=uint8(frames, 3, *size_hw) if self.with_frontal else None,
+        )
+
+    def suffixes(self, camera_ids: Sequence[str | None]) -> Iterator[str]:
+        """The members that :meth:`read` looks for, those that a frame may lack among them."""
+        frontal_id = self._manifest.frontal_camera_id if self.with_frontal else None
+        yield from (VERTICES, AVERAGE_TEXTURE, FRAME)
+        if self.with_keypoints:
+            yield KEYPOINTS
+        if self.with_headset:
+            yield from (headset_suffix(camera.camera_id) for camera in self._manifest.headset_cameras)
+        chosen = dict.fromkeys([*camera_ids, frontal_id])
+        yield from (image_suffix(camera_id, self._codec) for camera_id in chosen if camera_id is not None)
+
+    def read(
+        self, sample: SampleRecord, read: MemberReader, camera_ids: Sequence[str | None], pixels: FramePixels
+    ) -> FrameArrays:
         """Decode a frame.
 
         Args:
             sample: which frame.
             read: reads its shard.
             camera_ids: the views; None for padding.
+            pixels: where its pixels are written; zero where the view is missing.
 
         Raises:
             ShardSetError: a member is absent or damaged.
         """
-        height, width = self._manifest.image_size_hw
-        images = np.zeros((len(camera_ids), 3, height, width), np.uint8)
         present = np.zeros(len(camera_ids), bool)
-        decoded: dict[str, np.ndarray | None] = {}
         for place, camera_id in enumerate(camera_ids):
-            if camera_id is None:
-                continue
-            image = decoded[camera_id] = self._image(sample, read, camera_id)
-            if image is not None:
-                images[place], present[place] = image, True
-        vertices, texture = mesh_and_texture(sample, read)
-        frame = FrameArrays(vertices, texture, _head_pose(sample, read), images, present)
-        frontal_id = self._manifest.frontal_camera_id
-        if self.with_frontal and frontal_id is not None:
-            image = decoded[frontal_id] if frontal_id in decoded else self._image(sample, read, frontal_id)
-            frame.frontal_present = image is not None
-            frame.frontal = image if image is not None else np.zeros((3, height, width), np.uint8)
+            present[place] = self._image(sample, read, camera_id, pixels.images[place])
+        vertices = self._vertices(sample, read)
+        _image_member(sample, read, AVERAGE_TEXTURE, pixels.average_texture, bottom_up=True)
+        frame = FrameArrays(vertices, _head_pose(sample, read), present)
+        if pixels.frontal is not None:
+            frontal_id = self._manifest.frontal_camera_id
+            if frontal_id in camera_ids:
+                place = camera_ids.index(frontal_id)
+                pixels.frontal[...] = pixels.images[place]
+                frame.frontal_present = bool(present[place])
+            else:
+                frame.frontal_present = self._image(sample, read, frontal_id, pixels.frontal)
         if self.with_headset:
             frame.headset, frame.headset_present = self._headset(sample, read)
         if self.with_keypoints:
             frame.keypoints = self._keypoints(sample, read)
         return frame
 
-    def _image(self, sample: SampleRecord, read: MemberReader, camera_id: str) -> np.ndarray | None:
-        suffix = image_suffix(camera_id, self._codec)
-        if suffix not in sample.members:
-            return None
-        image = _image_member(sample, read, suffix)
-        if image.shape[:2] != tuple(self._manifest.image_size_hw):
-            raise ShardSetError(f"{sample.frame_id}.{suffix}: {image.shape[:2]} pixels (H, W), not as the manifest")
-        return image.transpose(2, 0, 1)
+    def read_view(self, sample: SampleRecord, read: MemberReader, camera_id: str, target: np.ndarray) -> bool:
+        """Decode one view into ``target (3, H, W)`` uint8; False, and zeros, if the frame lacks it.
+
+        Raises:
+            ShardSetError: the member is damaged.
+        """
+        return self._image(sample, read, camera_id, target)
+
+    def _image(self, sample: SampleRecord, read: MemberReader, camera_id: str | None, target: np.ndarray) -> bool:
+        suffix = None if camera_id is None else image_suffix(camera_id, self._codec)
+        if suffix is None or suffix not in sample.members:
+            target[...] = 0
+            return False
+        _image_member(sample, read, suffix, target)
+        return True
+
+    def _vertices(self, sample: SampleRecord, read: MemberReader) -> np.ndarray:
+        expected = (self._manifest.num_vertices, 3)
+        vertices = _array_member(sample, read, VERTICES, max_bytes=_most_bytes(expected))
+        if vertices.shape != expected or vertices.dtype != np.float32:
+            raise ShardSetError(
+                f"{sample.frame_id}.{VERTICES}: {vertices.dtype} {vertices.shape}, expected float32 {expected};"
+                " shard the capture again"
+            )
+        return vertices
 
     def _headset(self, sample: SampleRecord, read: MemberReader) -> tuple[np.ndarray, np.ndarray]:
         cameras = self._manifest.headset_cameras
@@ -113,7 +196,7 @@ class FrameReader:
         for place, camera in enumerate(cameras):
             suffix = headset_suffix(camera.camera_id)
             if suffix in sample.members:
-                images[place, 0] = _image_member(sample, read, suffix, mono=True)
+                _image_member(sample, read, suffix, images[place])
                 present[place] = True
         return images, present
 
@@ -121,33 +204,40 @@ class FrameReader:
         expected = (len(self._manifest.keypoint_names), 3)
         if KEYPOINTS not in sample.members:
             return np.zeros(expected, np.float32)
-        points = _array_member(sample, read, KEYPOINTS)
-        if points.shape != expected:
-            raise ShardSetError(f"{sample.frame_id}.{KEYPOINTS}: shape {points.shape}, expected {expected}")
-        return points.astype(np.float32, copy=False)
+        points = _array_member(sample, read, KEYPOINTS, max_bytes=_most_bytes(expected))
+        if points.shape != expected or points.dtype != np.float32:
+            found = f"{points.dtype} {points.shape}"
+            raise ShardSetError(f"{sample.frame_id}.{KEYPOINTS}: {found}, expected float32 {expected}")
+        return points
 
 
 def _head_pose(sample: SampleRecord, read: MemberReader) -> np.ndarray:
     try:
         pose = np.array(json.loads(_member(sample, read, FRAME))["world_from_head"], np.float64)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ShardSetError(f"{sample.frame_id}.{FRAME}: no head pose ({error}); shard the capture again") from error
-    if pose.shape != (3, 4):
-        raise ShardSetError(f"{sample.frame_id}.{FRAME}: a head pose of shape {pose.shape}, expected (3, 4)")
+    if pose.shape != (3, 4) or not np.isfinite(pose).all():
+        raise ShardSetError(f"{sample.frame_id}.{FRAME}: a head pose of shape {pose.shape}, expected finite (3, 4)")
     return pose
 
 
-def mesh_and_texture(sample: SampleRecord, read: MemberReader) -> tuple[np.ndarray, np.ndarray]:
-    """``(V, 3)`` float32 vertices in mm and the ``(3, T, T)`` uint8 average texture, row 0 is v = 0."""
-    vertices = _array_member(sample, read, VERTICES)
-    texture = _image_member(sample, read, AVERAGE_TEXTURE)
-    return vertices, np.ascontiguousarray(texture[::-1].transpose(2, 0, 1))
-
-
 def read_mesh_and_texture(shard_uri: str, sample: SampleRecord) -> tuple[np.ndarray, np.ndarray]:
-    """Texture ``(3, T, T)`` uint8 and vertices ``(V, 3)`` of one frame of a shard, by range requests."""
-    vertices, texture = mesh_and_texture(sample, lambda offset, size: storage.read_range(shard_uri, offset, size))
-    return texture, vertices
+    """Texture ``(3, T, T)`` uint8, row 0 is v = 0, and vertices ``(V, 3)`` of a frame of a shard, by range requests."""
+
+    def read(offset: int, size: int) -> bytes:
+        return storage.read_range(shard_uri, offset, size)
+
+    with _errors_named(sample, AVERAGE_TEXTURE) as name:
+        texture = decode_image(_member(sample, read, AVERAGE_TEXTURE), name)
+    return np.ascontiguousarray(texture[::-1].transpose(2, 0, 1)), _array_member(sample, read, VERTICES)
+
+
+@contextmanager
+def _errors_named(sample: SampleRecord, suffix: str) -> Iterator[str]:
+    try:
+        yield f"{sample.frame_id}.{suffix}"
+    except CodecError as error:
+        raise ShardSetError(f"{error}; the shard is damaged, fetch it or shard again") from error
 
 
 def _member(sample: SampleRecord, read: MemberReader, suffix: str) -> bytes:
@@ -156,17 +246,18 @@ def _member(sample: SampleRecord, read: MemberReader, suffix: str) -> bytes:
     return read(*sample.members[suffix])
 
 
-def _array_member(sample: SampleRecord, read: MemberReader, suffix: str) -> np.ndarray:
-    body, name = _member(sample, read, suffix), f"{sample.frame_id}.{suffix}"
-    try:
-        return decode_array(body, name)
-    except CodecError as error:
-        raise ShardSetError(f"{error}; the shard is damaged, fetch it or shard again") from error
+def _most_bytes(shape: tuple[int, int]) -> int:
+    """Of a float32 array with its header."""
+    return 4 * math.prod(shape) + _NPY_HEADER_BYTES
 
 
-def _image_member(sample: SampleRecord, read: MemberReader, suffix: str, *, mono: bool = False) -> np.ndarray:
-    body, name = _member(sample, read, suffix), f"{sample.frame_id}.{suffix}"
-    try:
-        return decode_image(body, name, "L" if mono else "RGB")
-    except CodecError as error:
-        raise ShardSetError(f"{error}; the shard is damaged, fetch it or shard again") from error
+def _array_member(sample: SampleRecord, read: MemberReader, suffix: str, max_bytes: int | None = None) -> np.ndarray:
+    with _errors_named(sample, suffix) as name:
+        return decode_array(_member(sample, read, suffix), name, max_bytes)
+
+
+def _image_member(
+    sample: SampleRecord, read: MemberReader, suffix: str, target: np.ndarray, *, bottom_up: bool = False
+) -> None:
+    with _errors_named(sample, suffix) as name:
+        decode_image_into(_member(sample, read, suffix), name, target, bottom_up=bottom_up)

@@ -1,31 +1,46 @@
 """Batches of F frames x K views for training.
 
-The order is that of :mod:`pipeline.order`; shards come through :mod:`pipeline.cache`; frames are decoded by a pool
-of threads, some batches ahead. Going on in the middle of an epoch takes no more than its number: nothing that was
-seen is read again. Errors are raised, never skipped.
+The order is that of :mod:`pipeline.order`; shards come through :mod:`pipeline.cache`, fetched and checked before they
+are needed; frames are decoded by a pool of threads, some batches ahead, straight into the memory of their batch. What
+touches pixels gives the GIL back. Pixels stay uint8 until they are on the training device, where the model normalises
+them. Going on in the middle of an epoch takes no more than its number: nothing that was seen is read again. Errors are
+raised, never skipped.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
-from pydantic import Field
+import torch
+from pydantic import Field, model_validator
 
 from lipflow.config import StrictConfig
 from lipflow.errors import ConfigError, ShardSetError
-from lipflow.types import DRIVING_SIGNALS, FrameBatch
-from pipeline.cache import ShardCache
-from pipeline.frames import FrameArrays, FrameReader
-from pipeline.manifest import SampleRecord, ShardRecord
+from lipflow.types import DRIVING_SIGNALS, FrameBatch, map_tensors
+from pipeline import storage
+from pipeline.cache import ShardCache, ShardCheck
+from pipeline.frames import BatchPixels, FrameArrays, FramePixels, FrameReader, MemberReader
+from pipeline.manifest import SampleRecord
 from pipeline.order import PADDING, Order
+from pipeline.samples import image_suffix
+from pipeline.shard_reads import CachedShardReads, ShardReads, SingleMemberReads
+from pipeline.shards_ahead import ShardsAhead
 from pipeline.shardset import ShardSet
 
 PADDING_FRAME_ID = ""
 """The id of a frame that only fills a batch: none of its views is present, and it must not be counted."""
+
+_LOCAL_CHECKS, _REMOTE_SHARDS, _REMOTE_MEMBERS = 1, 4, 16
+"""Threads that make shards ready, or read single members, which wait for the network most of their time."""
+_WORTH_SINGLE_READS = 0.25
+"""The share of a shard's bytes below which its members are read alone: small requests cost more a byte."""
 
 
 class LoaderConfig(StrictConfig):
@@ -35,23 +50,56 @@ class LoaderConfig(StrictConfig):
         frames_per_batch: F, frames of each batch of each rank.
         views_per_frame: K, views of each frame in a batch.
         visits_per_epoch: visits of each frame in an epoch, each with K other views; None: until all were used.
-        window_shards: shards from which frames are drawn at a time.
+        window_shards: shards that each of the frames_per_batch lanes has open at a time (see :mod:`pipeline.order`):
+            more mix better and take more of the local disk.
         seed: of the order.
         signals: driving signals that are decoded; the frontal image costs as much as one more view.
         decode_threads: threads that read and decode.
         prefetch_batches: batches that are prepared ahead.
         cache_max_bytes: bound of the copies of remote shards on the local disk.
+        remote_reads: ``"shards"`` fetches remote shards whole into the cache, each once for all its frames;
+            ``"members"`` reads the chosen views alone by range requests, and keeps nothing. ``"auto"`` takes members
+            if an epoch wants less than a quarter of the shards' bytes and the shards of the split exceed
+            ``cache_max_bytes`` (so that each epoch would fetch them again), and ``check_shards`` allows it.
+        check_shards: ``"once"``: the SHA-256 of every shard is compared with the manifest at its first use by this
+            process and whenever it was fetched; ``"each-epoch"``: in every epoch again, and members are never read
+            alone; ``"size"``: sizes alone are compared, for large local sets of which few views are used, as a
+            digest takes all bytes of a shard.
+        pin_memory: decode into page-locked memory, from which :func:`prefetch_to_device` copies while the device
+            computes; without CUDA it does nothing.
     """
 
     frames_per_batch: int = Field(default=4, gt=0)
     views_per_frame: int = Field(default=4, gt=0)
     visits_per_epoch: int | None = Field(default=None, gt=0)
-    window_shards: int = Field(default=4, gt=0)
+    window_shards: int = Field(default=1, gt=0)
     seed: int = Field(default=0, ge=0)
     signals: tuple[str, ...] = DRIVING_SIGNALS
     decode_threads: int = Field(default=4, gt=0)
     prefetch_batches: int = Field(default=2, ge=0)
     cache_max_bytes: int = Field(default=50 * 2**30, gt=0)
+    remote_reads: Literal["auto", "shards", "members"] = "auto"
+    check_shards: ShardCheck = "once"
+    pin_memory: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> LoaderConfig:
+        if self.remote_reads == "members" and self.check_shards == "each-epoch":
+            raise ValueError(
+                "remote_reads=members cannot compare the digests of shards as check_shards=each-epoch asks;"
+                " set remote_reads=shards or check_shards=once"
+            )
+        return self
+
+
+@dataclass
+class _Waiting:
+    """A batch that is being decoded: ``frames (F,)``, ``views (F, K)``, and where its parts will be."""
+
+    frames: np.ndarray
+    views: np.ndarray
+    pixels: BatchPixels
+    arrays: list[Future[FrameArrays]]
 
 
 class ShardLoader:
@@ -96,7 +144,9 @@ class ShardLoader:
         shards = [shard for shard in shard_set.shards(split) if shard.samples]
         if not shards:
             raise ShardSetError(f"{shard_set.uri}: split {split!r} has no frames; change the splits and shard again")
-        self._frames: list[tuple[ShardRecord, SampleRecord]] = [(s, sample) for s in shards for sample in s.samples]
+        self._shards = shards
+        self._frames: list[SampleRecord] = [sample for shard in shards for sample in shard.samples]
+        self._shard_of_frame = np.repeat(np.arange(len(shards)), [len(shard.samples) for shard in shards])
         self._order = Order(
             frames_per_shard=tuple(len(shard.samples) for shard in shards),
             cameras=len(camera_ids),
@@ -106,8 +156,11 @@ class ShardLoader:
             window_shards=config.window_shards,
             seed=config.seed,
         )
-        self._cache = ShardCache(shard_set.uri, cache_dir, config.cache_max_bytes)
-        self._reader = FrameReader(shard_set.manifest, config.signals)
+        self._cache = ShardCache(shard_set.uri, cache_dir, config.cache_max_bytes, config.check_shards)
+        self._reader = FrameReader(shard_set.manifest, config.signals, kept_batches=config.prefetch_batches + 2)
+        self._pinned = config.pin_memory and torch.cuda.is_available()
+        self.reads_members = self._chooses_members()
+        """Whether chosen members are read alone, see :attr:`LoaderConfig.remote_reads`."""
 
     @property
     def batches_per_epoch(self) -> int:
@@ -126,40 +179,123 @@ class ShardLoader:
         """
         visits = self._order.visits(epoch, self._rank, self._world_size)
         filler = max(int(visits[0, 0, 0]), 0)
-        pool = ThreadPoolExecutor(self._config.decode_threads, thread_name_prefix="lipflow-decode")
-        waiting: deque[tuple[np.ndarray, np.ndarray, list[Future[FrameArrays]]]] = deque()
-        try:
-            for batch in visits[start_batch:]:
-                waiting.append(self._submit(pool, epoch, batch, filler))
+        self._cache.start_epoch()
+        waiting: deque[_Waiting] = deque()
+        with ExitStack() as stack:
+            reads = self._reads(visits[start_batch:])
+            stack.callback(reads.close)
+            pool = ThreadPoolExecutor(self._config.decode_threads, thread_name_prefix="lipflow-decode")
+            stack.callback(pool.shutdown, wait=True, cancel_futures=True)
+            for number, batch in enumerate(visits[start_batch:]):
+                reads.advance(max(number - self._config.prefetch_batches, 0))
+                waiting.append(self._submit(pool, reads, epoch, batch, filler))
                 if len(waiting) > self._config.prefetch_batches:
-                    yield self._collect(*waiting.popleft())
+                    yield self._collect(waiting.popleft())
             while waiting:
-                yield self._collect(*waiting.popleft())
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+                yield self._collect(waiting.popleft())
+
+    def _chooses_members(self) -> bool:
+        config = self._config
+        if config.remote_reads != "auto" or storage.is_local(self._set.uri):
+            return config.remote_reads == "members" and not storage.is_local(self._set.uri)
+        if config.check_shards == "each-epoch":
+            return False
+        if sum(shard.size_bytes for shard in self._shards) <= config.cache_max_bytes:
+            return False
+        return self._wanted_share() < _WORTH_SINGLE_READS
+
+    def _wanted_share(self) -> float:
+        """The share of its bytes that an epoch uses of the first shard; the others are about the same."""
+        shard, groups = self._shards[0], self._order.groups
+        codec = str(self._set.manifest.config["codec"])
+        views = [image_suffix(camera_id, codec) for camera_id in self._camera_ids]
+        used_views = min(groups * self._config.views_per_frame, len(views)) / len(views)
+        wanted = 0.0
+        for sample in shard.samples:
+            sizes = {suffix: size for suffix, (_, size) in sample.members.items()}
+            wanted += used_views * sum(sizes.get(suffix, 0) for suffix in views)
+            wanted += groups * sum(sizes.get(suffix, 0) for suffix in self._reader.suffixes([]))
+        return wanted / shard.size_bytes
+
+    def _reads(self, visits: np.ndarray) -> ShardReads:
+        if self.reads_members:
+            return SingleMemberReads(self._set.uri, self._shards, _REMOTE_MEMBERS)
+        frames = visits[..., 0]
+        local, window = storage.is_local(self._set.uri), self._config.window_shards
+        ahead = ShardsAhead(
+            lambda shard: self._cache.ensure(self._shards[shard]),
+            np.where(frames == PADDING, -1, self._shard_of_frame[frames]),
+            [shard.size_bytes for shard in self._shards],
+            self._config.cache_max_bytes,
+            max_shards=window if local else window * self._config.frames_per_batch,
+            threads=_LOCAL_CHECKS if local else _REMOTE_SHARDS,
+        )
+        return CachedShardReads(self._cache, self._shards, ahead)
 
     def _submit(
-        self, pool: ThreadPoolExecutor, epoch: int, batch: np.ndarray, filler: int
-    ) -> tuple[np.ndarray, np.ndarray, list[Future[FrameArrays]]]:
+        self, pool: ThreadPoolExecutor, reads: ShardReads, epoch: int, batch: np.ndarray, filler: int
+    ) -> _Waiting:
         views = np.full((len(batch), self._config.views_per_frame), PADDING, np.int64)
-        for place, (frame, group) in enumerate(batch):
-            if frame != PADDING:
-                views[place] = self._order.views(epoch, int(frame), int(group))
-        futures = [
-            pool.submit(self._decode, filler if frame == PADDING else int(frame), row)
-            for (frame, _), row in zip(batch, views, strict=True)
-        ]
-        return batch[:, 0], views, futures
+        pixels = self._reader.allocate(*views.shape, pinned=self._pinned)
+        futures = []
+        for place, (visited, group) in enumerate(batch):
+            frame = filler if visited == PADDING else int(visited)
+            if visited != PADDING:
+                views[place] = self._order.views(epoch, frame, int(group))
+            camera_ids = [None if view == PADDING else self._camera_ids[view] for view in views[place]]
+            sample = self._frames[frame]
+            members = reads.request(int(self._shard_of_frame[frame]), sample, self._reader.suffixes(camera_ids))
+            futures.append(pool.submit(self._decode, sample, members, camera_ids, pixels.frame(place)))
+        return _Waiting(batch[:, 0], views, pixels, futures)
 
-    def _decode(self, frame: int, views: np.ndarray) -> FrameArrays:
-        shard, sample = self._frames[frame]
-        camera_ids = [None if view == PADDING else self._camera_ids[view] for view in views]
-        return self._reader.read(sample, lambda offset, size: self._cache.read(shard, offset, size), camera_ids)
+    def _decode(
+        self,
+        sample: SampleRecord,
+        members: Callable[[], MemberReader],
+        camera_ids: Sequence[str | None],
+        pixels: FramePixels,
+    ) -> FrameArrays:
+        return self._reader.read(sample, members(), camera_ids, pixels)
 
-    def _collect(self, frames: np.ndarray, views: np.ndarray, futures: list[Future[FrameArrays]]) -> FrameBatch:
-        arrays = [future.result() for future in futures]
-        ids = [PADDING_FRAME_ID if frame == PADDING else self._frames[frame][1].frame_id for frame in frames]
-        return self._set.batch(ids, arrays, self._places[np.maximum(views, 0)])
+    def _collect(self, batch: _Waiting) -> FrameBatch:
+        arrays = [future.result() for future in batch.arrays]
+        ids = [PADDING_FRAME_ID if frame == PADDING else self._frames[frame].frame_id for frame in batch.frames]
+        return self._set.batch(ids, arrays, batch.pixels, self._places[np.maximum(batch.views, 0)])
 
 
-__all__ = ["PADDING_FRAME_ID", "LoaderConfig", "ShardLoader", "ShardSet"]
+def prefetch_to_device(batches: Iterable[FrameBatch], device: torch.device | str) -> Iterator[FrameBatch]:
+    """The same batches on ``device``, copied one batch ahead of the one that is used.
+
+    On CUDA the copies run on a stream of their own while the device computes, if the pixels lie in pinned memory
+    (``LoaderConfig.pin_memory``). Pixels stay uint8: a quarter of the bytes of float32. Elsewhere nothing is ahead, and
+    tensors that are on the device already are passed through as they are.
+    """
+    device = torch.device(device)
+    if device.type != "cuda":
+        yield from (batch.to(device) for batch in batches)
+        return
+    stream = torch.cuda.Stream(device)
+    waiting: tuple[FrameBatch, torch.cuda.Event] | None = None
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            following = batch.to(device), stream.record_event()
+        if waiting is not None:
+            yield _handed_over(*waiting)
+        waiting = following
+    if waiting is not None:
+        yield _handed_over(*waiting)
+
+
+def _handed_over(batch: FrameBatch, copied: torch.cuda.Event) -> FrameBatch:
+    """Make the current stream wait for the copy, and the allocator for the current stream."""
+    current = torch.cuda.current_stream(batch.images.device)
+    current.wait_event(copied)
+
+    def used_here(tensor: torch.Tensor) -> torch.Tensor:
+        tensor.record_stream(current)
+        return tensor
+
+    return map_tensors(batch, used_here)
+
+
+__all__ = ["PADDING_FRAME_ID", "LoaderConfig", "ShardLoader", "ShardSet", "prefetch_to_device"]

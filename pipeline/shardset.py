@@ -21,8 +21,10 @@ from lipflow.types import (
     Topology,
 )
 from pipeline import storage
-from pipeline.frames import FrameArrays, FrameReader
+from pipeline.frames import BatchPixels, FrameArrays, FrameReader
 from pipeline.manifest import Manifest, SampleRecord, ShardRecord
+from pipeline.member_reads import fetch_members
+from pipeline.samples import image_suffix
 from pipeline.setfiles import NORMALIZATION_NAME, TOPOLOGY_NAME, decode_normalization, decode_topology
 
 
@@ -46,6 +48,8 @@ class ShardSet:
         self.cameras: list[Camera] = [record.camera() for record in manifest.cameras]
         self.headset_cameras: list[Camera] = [record.camera() for record in manifest.headset_cameras]
         self._camera_place = {camera.camera_id: place for place, camera in enumerate(self.cameras)}
+        self._poses = np.array([camera.cam_from_world for camera in self.cameras])
+        self._intrinsics = np.array([camera.intrinsics for camera in self.cameras], np.float32)
         self._samples = {sample.frame_id: (shard, sample) for shard in manifest.shards for sample in shard.samples}
 
     @classmethod
@@ -121,44 +125,65 @@ class ShardSet:
     ) -> FrameBatch:
         """Frames by name, each with the same views, read by range requests; for evaluation and tools.
 
-        Range requests cannot be checked against a shard's digest; the members' own formats are.
+        Range requests cannot be checked against a shard's digest; the tar's headers and the members' own formats are.
 
         Raises:
             ShardSetError: an unknown frame or camera, or a damaged member.
         """
         places = np.array(self.camera_places(camera_ids), np.int64).reshape(1, -1).repeat(len(frame_ids), axis=0)
         reader = FrameReader(self.manifest, signals)
+        pixels = reader.allocate(len(frame_ids), len(camera_ids))
         arrays = []
-        for frame_id in frame_ids:
+        for row, frame_id in enumerate(frame_ids):
             shard, sample = self._record(frame_id)
-            shard_uri = storage.join(self.uri, shard.name)
+            fetched = fetch_members(storage.join(self.uri, shard.name), sample, reader.suffixes(camera_ids))
+            arrays.append(reader.read(sample, fetched, camera_ids, pixels.frame(row)))
+        return self.batch(list(frame_ids), arrays, pixels, places)
 
-            def read(offset: int, size: int, shard_uri: str = shard_uri) -> bytes:
-                return storage.read_range(shard_uri, offset, size)
+    def __getitem__(self, frame_id: str) -> FrameBatch:
+        """One frame with the views of all cameras and all driving signals, as a batch of one.
 
-            arrays.append(reader.read(sample, read, camera_ids))
-        return self.batch(list(frame_ids), arrays, places)
+        Raises:
+            ShardSetError: an unknown frame, or a damaged member.
+        """
+        return self.frames([frame_id], [camera.camera_id for camera in self.cameras])
 
-    def batch(self, frame_ids: list[str], frames: list[FrameArrays], camera_places: np.ndarray) -> FrameBatch:
+    def view(self, frame_id: str, camera_id: str) -> torch.Tensor | None:
+        """The image ``(3, H, W)`` uint8 of one view, by one range request; None where the capture lacks it.
+
+        Raises:
+            ShardSetError: an unknown frame or camera, or a damaged member.
+        """
+        self.camera_places([camera_id])
+        shard, sample = self._record(frame_id)
+        suffix = image_suffix(camera_id, str(self.manifest.config["codec"]))
+        if suffix not in sample.members:
+            return None
+        target = np.empty((3, *self.manifest.image_size_hw), np.uint8)
+        fetched = fetch_members(storage.join(self.uri, shard.name), sample, [suffix])
+        FrameReader(self.manifest, signals=()).read_view(sample, fetched, camera_id, target)
+        return torch.from_numpy(target)
+
+    def batch(
+        self, frame_ids: list[str], frames: list[FrameArrays], pixels: BatchPixels, camera_places: np.ndarray
+    ) -> FrameBatch:
         """Put decoded frames together; ``camera_places (B, K)`` index :attr:`cameras`."""
         world_from_head = np.stack([frame.world_from_head for frame in frames])
-        poses = np.stack([camera.cam_from_world for camera in self.cameras])[camera_places]
-        intrinsics = np.stack([camera.intrinsics for camera in self.cameras])[camera_places]
         return FrameBatch(
             frame_ids=frame_ids,
             vertices=_stack([frame.vertices for frame in frames]),
-            average_texture=_stack([frame.average_texture for frame in frames]),
-            images=_stack([frame.images for frame in frames]),
+            average_texture=pixels.average_texture,
+            images=pixels.images,
             view_present=_stack([frame.view_present for frame in frames]),
             camera_index=torch.from_numpy(camera_places.astype(np.int64)),
             cameras=CameraTensors(
-                torch.from_numpy(intrinsics.astype(np.float32)),
-                cam_from_head_tensor(poses, world_from_head[:, None]),
+                torch.from_numpy(self._intrinsics[camera_places]),
+                cam_from_head_tensor(self._poses[camera_places], world_from_head[:, None]),
             ),
-            driving=self._driving(frames, world_from_head),
+            driving=self._driving(frames, pixels, world_from_head),
         )
 
-    def _driving(self, frames: list[FrameArrays], world_from_head: np.ndarray) -> DrivingSignals:
+    def _driving(self, frames: list[FrameArrays], pixels: BatchPixels, world_from_head: np.ndarray) -> DrivingSignals:
         signals = DrivingSignals()
         count = len(frames)
         if frames[0].headset is not None:
@@ -169,8 +194,8 @@ class ShardSet:
             signals.hmc_cameras = CameraTensors(
                 torch.from_numpy(intrinsics).repeat(count, 1, 1, 1), torch.from_numpy(poses).repeat(count, 1, 1, 1)
             )
-        if frames[0].frontal is not None:
-            signals.frontal_images = _stack([frame.frontal for frame in frames])
+        if pixels.frontal is not None:
+            signals.frontal_images = pixels.frontal
             signals.frontal_present = torch.tensor([frame.frontal_present for frame in frames])
         if frames[0].keypoints is not None:
             signals.keypoints = _stack([frame.keypoints for frame in frames])

@@ -6,6 +6,7 @@ import io
 import pickle
 
 import numpy as np
+import pyarrow
 import pytest
 import zstandard
 from hypothesis import given, settings
@@ -13,14 +14,60 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline import codecs
-from pipeline.codecs import CodecError, decode_array, decode_image, encode_array, encode_image, resize_image
+from pipeline.codecs import (
+    CodecError,
+    decode_array,
+    decode_image,
+    decode_image_into,
+    encode_array,
+    encode_image,
+    resize_image,
+)
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
 
 
-@pytest.mark.parametrize("codec", ["png", "webp"])
+@pytest.mark.parametrize("codec", ["png", "webp", "planar"])
 def test_lossless_codecs_are(codec: codecs.ImageCodec):
-    np.testing.assert_array_equal(decode_image(encode_image(IMAGE, codec), f"x.{codec}"), IMAGE)
+    name = f"x.{codecs.EXTENSION_OF_CODEC[codec]}"
+    np.testing.assert_array_equal(decode_image(encode_image(IMAGE, codec), name), IMAGE)
+    grey = np.ascontiguousarray(IMAGE[..., 0])
+    np.testing.assert_array_equal(decode_image(encode_image(grey, codec), name, "L"), grey)
+    np.testing.assert_array_equal(decode_image(encode_image(grey, codec), name), np.repeat(grey[..., None], 3, axis=2))
+
+
+@pytest.mark.parametrize("bottom_up", [False, True])
+@pytest.mark.parametrize("channels", [3, 1])
+@pytest.mark.parametrize("codec", list(codecs.EXTENSION_OF_CODEC))
+def test_decoding_into_planes_equals_decoding(codec: codecs.ImageCodec, channels: int, bottom_up: bool):
+    codecs.check_codec(codec)
+    name = f"x.{codecs.EXTENSION_OF_CODEC[codec]}"
+    for image in (IMAGE, IMAGE[..., 1]):
+        body = encode_image(image, codec)
+        target = np.full((channels, 20, 30), 7, np.uint8)
+        decode_image_into(body, name, target, bottom_up=bottom_up)
+        expected = np.atleast_3d(decode_image(body, name, "RGB" if channels == 3 else "L")).transpose(2, 0, 1)
+        np.testing.assert_array_equal(target, expected[:, ::-1] if bottom_up else expected)
+
+
+@pytest.mark.parametrize("codec", ["png", "planar"])
+def test_an_image_of_another_size_is_not_decoded_into_planes(codec: codecs.ImageCodec):
+    name = f"x.{codecs.EXTENSION_OF_CODEC[codec]}"
+    with pytest.raises(CodecError, match=f"{name}: 20 x 30 pixels, expected 30 x 20"):
+        decode_image_into(encode_image(IMAGE, codec), name, np.empty((3, 30, 20), np.uint8))
+
+
+def test_images_that_pillow_keeps_in_pieces_come_out_whole():
+    """Pillow splits what is larger than 16 MiB, so that its memory cannot be read as one array."""
+    image = np.random.default_rng(0).integers(0, 256, (3, 3000, 2000), np.uint8)
+    body = encode_image(image.transpose(1, 2, 0), "png")
+    opened = Image.open(io.BytesIO(body))
+    opened.load()
+    with pytest.raises(ValueError, match="contiguous"):
+        pyarrow.array(opened)
+    target = np.empty_like(image)
+    decode_image_into(body, "x.png", target)
+    np.testing.assert_array_equal(target, image)
 
 
 @pytest.mark.parametrize("codec", ["jpeg", "avif"])
@@ -34,7 +81,7 @@ def test_lossy_codecs_are_close_on_smooth_images(codec: codecs.ImageCodec):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from(["png", "webp", "jpeg"]))
+@given(st.integers(0, 10**6), st.sampled_from(["png", "webp", "jpeg", "planar"]))
 def test_truncated_images_are_refused(cut: int, codec: codecs.ImageCodec):
     body = encode_image(IMAGE, codec)
     with pytest.raises(CodecError):
@@ -50,8 +97,9 @@ def test_the_format_must_be_that_of_the_name():
 
 def test_huge_images_are_refused_before_they_are_decoded(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(codecs, "MAX_IMAGE_PIXELS", 599)
-    with pytest.raises(CodecError, match="30x20 pixels, at most 599"):
-        decode_image(encode_image(IMAGE, "png"), "x.png")
+    for name, codec in (("x.png", "png"), ("x.plz", "planar")):
+        with pytest.raises(CodecError, match=f"{name}: 30x20 pixels, at most 599"):
+            decode_image(encode_image(IMAGE, codec), name)
 
 
 def test_sixteen_bit_images_are_refused():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections import Counter
 from pathlib import Path
@@ -9,16 +10,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from lipflow.errors import ConfigError, ShardSetError
 from lipflow.render.camera import project
 from lipflow.types import FrameBatch
-from pipeline import cache, storage
+from pipeline import cache, member_reads, storage
+from pipeline import loader as loader_module
 from pipeline.capture import Capture
-from pipeline.loader import PADDING_FRAME_ID, LoaderConfig, ShardLoader, ShardSet
+from pipeline.loader import PADDING_FRAME_ID, LoaderConfig, ShardLoader, ShardSet, prefetch_to_device
+from pipeline.pixel_memory import PixelMemory
+from pipeline.shard_plan import ShardConfig
+from pipeline.shards import write_shards
+from pipeline.shards_ahead import ShardsAhead
 
 CONFIG = LoaderConfig(frames_per_batch=4, views_per_frame=2, window_shards=2, decode_threads=2)
+
+
+SHARD_CONFIG = ShardConfig(frames_per_shard=4)
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +135,243 @@ def test_batches_equal_random_access(shard_set: ShardSet):
             torch.testing.assert_close(batch.cameras.intrinsics[row], single.cameras.intrinsics[0])
 
 
+@pytest.mark.parametrize("codec", ["png", "planar", "webp"])
+def test_lossless_codecs_give_the_same_batches(dome: Capture, shard_set: ShardSet, tmp_path: Path, codec: str):
+    config = SHARD_CONFIG.model_copy(update={"codec": codec})
+    write_shards(dome, config, str(tmp_path))
+    other = ShardSet.open(tmp_path)
+    ids = shard_set.train_camera_ids
+    batches = ShardLoader(shard_set, "train", ids, CONFIG).epoch(0), ShardLoader(other, "train", ids, CONFIG).epoch(0)
+    for first, second in zip(*batches, strict=True):
+        _assert_equal(first, second)
+
+
+def test_a_batch_that_is_held_is_not_written_again(shard_set: ShardSet):
+    """Memory is used again only when nobody holds the batch, or any view of its pixels."""
+    loader = ShardLoader(shard_set, "train", shard_set.train_camera_ids, CONFIG)
+    held = []
+    for batch in loader.epoch(0):
+        held.append((batch.images[0, 0].numpy()[1], batch.images[0, 0, 1].clone().numpy()))
+        del batch
+    for _ in loader.epoch(1):
+        pass
+    for view, copy in held:
+        np.testing.assert_array_equal(view, copy)
+
+
+def test_memory_of_dropped_batches_is_used_again():
+    memory = PixelMemory(keep=1)
+    first = memory.take(2, 3)
+    assert memory.take(2, 3).data_ptr() != first.data_ptr()
+    place, view = first.data_ptr(), first[1]
+    del first
+    assert memory.take(2, 3).data_ptr() != place
+    del view
+    assert memory.take(2, 3).data_ptr() == place
+
+
+def test_prefetching_to_the_cpu_passes_batches_through(shard_set: ShardSet):
+    batches = list(ShardLoader(shard_set, "train", shard_set.train_camera_ids, CONFIG).epoch(0))
+    for batch, moved in zip(batches, prefetch_to_device(batches, "cpu"), strict=True):
+        assert moved.images is batch.images
+        _assert_equal(batch, moved)
+
+
+def test_pinned_memory_is_for_cuda_alone(shard_set: ShardSet):
+    config = CONFIG.model_copy(update={"pin_memory": True})
+    batch = next(iter(ShardLoader(shard_set, "train", shard_set.train_camera_ids, config).epoch(0)))
+    assert batch.images.is_pinned() == torch.cuda.is_available()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_prefetching_to_a_gpu_gives_the_same_batches(shard_set: ShardSet):
+    config = CONFIG.model_copy(update={"pin_memory": True})
+    loader = ShardLoader(shard_set, "train", shard_set.train_camera_ids, config)
+    count = 0
+    for batch, moved in zip(loader.epoch(0), prefetch_to_device(loader.epoch(0), "cuda"), strict=True):
+        assert moved.images.is_cuda
+        assert moved.images.dtype == torch.uint8
+        _assert_equal(batch, moved.to("cpu"))
+        count += 1
+    assert count == loader.batches_per_epoch
+
+
+@pytest.fixture
+def range_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of all range requests."""
+    sizes: list[int] = []
+    real = storage.read_range
+
+    def counting(uri, offset: int, length: int) -> bytes:
+        sizes.append(length)
+        return real(uri, offset, length)
+
+    monkeypatch.setattr(storage, "read_range", counting)
+    return sizes
+
+
+def _complete_frame_id(shard_set: ShardSet) -> str:
+    missing = {frame_id for frame_id, _ in shard_set.manifest.missing_views()}
+    return next(frame_id for frame_id in shard_set.frame_ids("train") if frame_id not in missing)
+
+
+def test_a_view_takes_one_range_request_of_its_own_size(shard_set: ShardSet, range_reads: list[int]):
+    frame_id, camera_id = _complete_frame_id(shard_set), shard_set.train_camera_ids[2]
+    image = shard_set.view(frame_id, camera_id)
+    member = next(
+        sample.members[f"{camera_id}.image.png"]
+        for shard in shard_set.manifest.shards
+        for sample in shard.samples
+        if sample.frame_id == frame_id
+    )
+    assert range_reads == [member[1] + 512]
+    batch = shard_set.frames([frame_id], [camera_id])
+    assert image is not None
+    assert torch.equal(image, batch.images[0, 0])
+
+
+def test_a_missing_view_is_none_and_asks_for_nothing(shard_set: ShardSet, range_reads: list[int]):
+    frame_id, camera_id = next(iter(shard_set.manifest.missing_views()))
+    assert shard_set.view(frame_id, camera_id) is None
+    assert range_reads == []
+
+
+def test_a_whole_frame_takes_one_range_request(shard_set: ShardSet, range_reads: list[int]):
+    """Its members are neighbours in the shard."""
+    frame_id = shard_set.frame_ids("test")[0]
+    batch = shard_set[frame_id]
+    assert len(range_reads) == 1
+    assert batch.frame_ids == [frame_id]
+    assert batch.images.shape[1] == len(shard_set.cameras)
+    _assert_equal(batch, shard_set.frames([frame_id], _all_camera_ids(shard_set)))
+
+
+def test_members_far_apart_are_fetched_alone(
+    shard_set: ShardSet, range_reads: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(member_reads, "_WORTH_A_REQUEST_BYTES", 512)
+    ids = shard_set.train_camera_ids
+    batch = shard_set.frames([_complete_frame_id(shard_set)], [ids[0], ids[3]], signals=())
+    assert bool(batch.view_present.all())
+    assert len(range_reads) == 4  # mesh and texture, two views, the frame's own facts
+
+
+@pytest.mark.parametrize("wrong", ["offset", "size", "name"])
+def test_a_range_that_holds_something_else_is_refused(own_shards_folder: Path, wrong: str):
+    opened = ShardSet.open(own_shards_folder)
+    frame_id, camera_id = opened.frame_ids("train")[1], opened.train_camera_ids[0]
+    shard, sample = opened._record(frame_id)
+    offset, size = sample.members[f"{camera_id}.image.png"]
+    if wrong == "name":
+        other = sample.members[f"{opened.train_camera_ids[1]}.image.png"]
+        sample.members[f"{camera_id}.image.png"] = other
+    else:
+        sample.members[f"{camera_id}.image.png"] = (offset - 512, size) if wrong == "offset" else (offset, size - 1)
+    with pytest.raises(ShardSetError, match=rf"{shard.name}.*{camera_id}\.image\.png"):
+        opened.view(frame_id, camera_id)
+
+
+def test_chosen_members_of_a_remote_set_give_the_same_batches(
+    shard_set: ShardSet,
+    s3_shards_uri: str,
+    tmp_path: Path,
+    range_reads: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(member_reads, "_WORTH_A_REQUEST_BYTES", 512)
+    remote, ids = ShardSet.open(s3_shards_uri), shard_set.train_camera_ids
+    config = CONFIG.model_copy(update={"remote_reads": "members", "visits_per_epoch": 1, "signals": ()})
+    far = ShardLoader(remote, "train", ids, config, 0, 1, tmp_path)
+    near = ShardLoader(shard_set, "train", ids, config)
+    assert far.reads_members
+    assert not near.reads_members
+    range_reads.clear()
+    members = list(far.epoch(0))
+    assert not list(tmp_path.iterdir())
+    wanted = sum(range_reads)
+    assert 0 < wanted < sum(shard.size_bytes for shard in remote.shards("train"))
+    for first, second in zip(near.epoch(0), members, strict=True):
+        for name in ("vertices", "average_texture", "images", "view_present", "camera_index"):
+            assert torch.equal(getattr(first, name), getattr(second, name)), name
+
+
+def test_auto_reads_members_only_where_that_is_less_and_the_cache_is_too_small(
+    s3_shards_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """In this small set one view and what belongs to its frame are 0.60 of the bytes, three views twice 1.34."""
+    monkeypatch.setattr(loader_module, "_WORTH_SINGLE_READS", 0.7)
+    remote = ShardSet.open(s3_shards_uri)
+
+    def reads_members(**changes) -> bool:
+        few = {"views_per_frame": 1, "visits_per_epoch": 1, "signals": (), "cache_max_bytes": 1}
+        config = LoaderConfig(**{**few, **changes})
+        return ShardLoader(remote, "train", remote.train_camera_ids, config, 0, 1, tmp_path).reads_members
+
+    assert reads_members()
+    assert not reads_members(cache_max_bytes=2**30)
+    assert not reads_members(check_shards="each-epoch")
+    assert not reads_members(remote_reads="shards")
+    assert not reads_members(views_per_frame=3, visits_per_epoch=None)
+
+
+def test_members_cannot_be_read_alone_where_digests_are_asked_for():
+    with pytest.raises(ValueError, match="remote_reads=shards or check_shards=once"):
+        LoaderConfig(remote_reads="members", check_shards="each-epoch")
+
+
+@pytest.mark.parametrize(("check", "digests"), [("once", 1), ("each-epoch", 2), ("size", 0)])
+def test_digests_are_compared_as_often_as_asked(
+    shard_set: ShardSet, monkeypatch: pytest.MonkeyPatch, check: str, digests: int
+):
+    taken: Counter[str] = Counter()
+    real = storage.sha256_hex
+
+    def counting(path) -> str:
+        taken[Path(path).name] += 1
+        return real(path)
+
+    monkeypatch.setattr(storage, "sha256_hex", counting)
+    config = CONFIG.model_copy(update={"check_shards": check})
+    loader = ShardLoader(shard_set, "train", shard_set.train_camera_ids, config)
+    for epoch in range(2):
+        assert len(list(loader.epoch(epoch))) == loader.batches_per_epoch
+    assert taken == Counter({shard.name: digests for shard in shard_set.shards("train") if digests})
+
+
+def test_a_shard_damaged_between_epochs_is_found_if_asked(own_shards_folder: Path):
+    opened = ShardSet.open(own_shards_folder)
+    config = CONFIG.model_copy(update={"check_shards": "each-epoch"})
+    loader = ShardLoader(opened, "train", opened.train_camera_ids, config)
+    list(loader.epoch(0))
+    path = own_shards_folder / "train-000000.tar"
+    body = bytearray(path.read_bytes())
+    body[-1] ^= 1
+    path.write_bytes(body)
+    with pytest.raises(ShardSetError, match=r"train-000000\.tar.*SHA-256"):
+        list(loader.epoch(1))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 6), st.integers(1, 4), st.integers(10, 60))
+def test_shards_come_in_order_once_and_within_the_bounds(seed: int, shards: int, places: int, max_bytes: int):
+    generator = np.random.default_rng(seed)
+    used = generator.integers(-1, shards, (8, places))
+    sizes = generator.integers(1, 20, shards).tolist()
+    started: list[int] = []
+    ahead = ShardsAhead(started.append, used, sizes, max_bytes, max_shards=2, threads=1)
+    for batch in range(8):
+        ahead.advance(batch)
+        for shard in used[batch]:
+            ahead.wait(shard)
+        coming = {shard for shard in started if shard in used[batch:]}
+        assert sum(sizes[shard] for shard in coming) <= max_bytes
+        assert sum(shard not in used[: batch + 1] for shard in started) <= 2
+    ahead.close()
+    first_uses = [shard for shard in dict.fromkeys(used.ravel().tolist()) if shard >= 0]
+    assert started == first_uses[: len(started)]
+
+
 def test_going_on_in_mid_epoch_equals_not_having_stopped_and_reads_nothing_twice(
     shard_set: ShardSet, monkeypatch: pytest.MonkeyPatch
 ):
@@ -161,13 +409,22 @@ def test_s3_gives_the_same_batches_as_the_disk(shard_set: ShardSet, s3_shards_ur
     _assert_equal(shard_set.frames(frame_ids, ids), remote.frames(frame_ids, ids))
 
 
+def _cached_bytes(folder: Path) -> int:
+    """Threads remove files meanwhile."""
+    total = 0
+    for path in folder.glob("*.shard"):
+        with contextlib.suppress(FileNotFoundError):
+            total += path.stat().st_size
+    return total
+
+
 def test_the_cache_stays_within_its_bound_and_still_serves_all(s3_shards_uri: str, tmp_path: Path):
     remote = ShardSet.open(s3_shards_uri)
     largest = max(shard.size_bytes for shard in remote.manifest.shards)
     config = CONFIG.model_copy(update={"cache_max_bytes": largest, "window_shards": 1, "decode_threads": 1})
     loader = ShardLoader(remote, "train", remote.train_camera_ids, config, 0, 1, tmp_path)
     for _ in loader.epoch(0):
-        assert sum(path.stat().st_size for path in tmp_path.glob("*.shard")) <= largest
+        assert _cached_bytes(tmp_path) <= largest
 
 
 @pytest.mark.parametrize("place", ["file", "s3"])
