@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -29,6 +30,14 @@ OBJECT_STORE_BYTES = 512 * 2**20
 
 FEWEST_CPUS = 2
 """A cluster of our own offers at least as many, so that two training workers start even on a single core."""
+
+
+PROGRESS_LINE_EVERY_S = 60.0
+"""How often a map with a note tells its progress to a file or pipe."""
+
+
+CANCEL_WAIT_S = 30.0
+"""How long cancelled tasks are waited for."""
 
 
 class ClusterError(LipflowError):
@@ -76,18 +85,23 @@ def ray_cluster() -> Iterator[None]:
         ray.shutdown()
 
 
-def progress_bar() -> Progress:
-    """A progress display on standard error; on a file or pipe it prints only what has ended."""
+def progress_bar(*, eta: bool = True) -> Progress:
+    """A progress display on standard error; on a file or pipe it prints only what has ended.
+
+    Args:
+        eta: whether the remaining time is shown. It follows from the last half hour: tasks may take minutes each.
+    """
+    remaining = (TextColumn("eta"), TimeRemainingColumn()) if eta else ()
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("eta"),
-        TimeRemainingColumn(),
+        *remaining,
         TextColumn("{task.fields[note]}"),
         console=console,
+        speed_estimate_period=1800,
     )
 
 
@@ -99,6 +113,8 @@ def map_tasks(
     cpus_per_task: float = 1.0,
     max_in_flight: int | None = None,
     stop_when: Callable[[Any], bool] | None = None,
+    receive: Callable[[Any], Any] | None = None,
+    note: Callable[[], str] | None = None,
 ) -> list[Any]:
     """Run ``function(*arguments[i])`` as Ray tasks and return the results in order.
 
@@ -113,6 +129,10 @@ def map_tasks(
         max_in_flight: tasks submitted at once; by default four for each CPU of the cluster.
         stop_when: called with each result as it comes; once it is true no further task is submitted, and the results
             of those that were not are None.
+        receive: called with each result as it comes; what it returns is kept in its place. So what is large can be
+            reduced at once.
+        note: what the progress says in place of the remaining time that follows from the number of tasks. Where
+            standard error is no terminal, a line with it is printed every minute.
 
     Raises:
         LipflowError: whatever error of ours a task raised.
@@ -124,9 +144,10 @@ def map_tasks(
     results: list[Any] = [None] * len(arguments)
     index_of: dict[ray.ObjectRef, int] = {}
     waiting = iter(enumerate(arguments))
-    with progress_bar() as progress:
+    with progress_bar(eta=note is None) as progress:
         bar = progress.add_task(description, total=len(arguments), note="")
-        exhausted = False
+        exhausted, finished = False, 0
+        next_line_s = time.monotonic() + PROGRESS_LINE_EVERY_S
         while index_of or not exhausted:
             while not exhausted and len(index_of) < max_in_flight:
                 item = next(waiting, None)
@@ -144,9 +165,18 @@ def map_tasks(
                 except RayError as error:
                     for pending in index_of:
                         ray.cancel(pending, force=False)
+                    # So that none of them writes anything after this function was left.
+                    if index_of:
+                        ray.wait(list(index_of), num_returns=len(index_of), timeout=CANCEL_WAIT_S)
                     raise unwrapped(error) from error
-                progress.advance(bar)
                 exhausted = exhausted or (stop_when is not None and stop_when(results[index]))
+                if receive is not None:
+                    results[index] = receive(results[index])
+                finished += 1
+                progress.update(bar, advance=1, note=note() if note is not None else "")
+            if note is not None and not console.is_terminal and time.monotonic() >= next_line_s:
+                next_line_s += PROGRESS_LINE_EVERY_S
+                console.print(f"{description}: {finished} of {len(arguments)}, {note()}", highlight=False)
     return results
 
 

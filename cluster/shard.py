@@ -1,12 +1,18 @@
 """The sharding job: ``lipflow shard CAPTURE OUT`` writes a capture as WebDataset shards with a manifest.
 
-Each shard is one idempotent Ray task; the manifest is the commit. A second run writes only what is missing, and
-nothing at all where the set is complete.
+Each shard is one idempotent Ray task; the manifest is the commit. A second run keeps every shard that is there with
+the right digest and writes only what is missing, and nothing at all where the set is complete. Jobs of the same plan
+may run at the same time; a job of another one is refused (:mod:`pipeline.shard_target`).
 """
 
 from __future__ import annotations
 
+import time
+import uuid
+from collections import Counter
 from dataclasses import asdict, dataclass
+from datetime import timedelta
+from functools import lru_cache
 from typing import Annotated
 
 import typer
@@ -18,22 +24,26 @@ from cluster.runtime import map_tasks, ray_cluster
 from cluster.tracking import TrackingConfig, initialise, tracked_run
 from lipflow.config import StrictConfig
 from pipeline import storage
+from pipeline.capture import Capture
 from pipeline.manifest import Manifest, ShardRecord
+from pipeline.shard_costs import probe_frames
+from pipeline.shard_target import check_target, claimed, count_present
 from pipeline.shards import (
     MAX_LISTED_FAULTS,
     CorruptFilesError,
     ShardConfig,
+    ShardOutcome,
+    ShardPlan,
     ShardTask,
     commit,
     find_committed,
+    finish_shard,
     open_for_sharding,
     plan_shards,
     reduce_statistics,
-    shard_statistics,
-    write_shard,
 )
 from pipeline.splits import with_split_files
-from pipeline.stats import FrameSums
+from pipeline.stats import OrderedSums
 
 
 class ShardRecipe(StrictConfig):
@@ -62,6 +72,8 @@ class ShardSummary:
         skipped_files: files that could not be used, under ``on_error: skip``.
         size_bytes: of all shards.
         written: whether anything was written; False where the set was complete already.
+        shards_kept: shards that were there already.
+        shards_written: shards that this run has written.
     """
 
     shards: str
@@ -73,6 +85,37 @@ class ShardSummary:
     skipped_files: int
     size_bytes: int
     written: bool
+    shards_kept: int
+    shards_written: int
+
+
+@dataclass(frozen=True)
+class ShardForecast:
+    """What the job would do. Sizes and times follow from a few frames that were encoded for it.
+
+    Attributes:
+        shards: URI of the set.
+        shards_planned: their number.
+        shards_present: of these, already there by name; their digests are compared when the job runs.
+        frames: split -> number of frames.
+        frames_per_shard: the most that one holds.
+        cameras: number of cameras, of which ``held_out_cameras`` are not for training.
+        held_out_cameras: their ids.
+        frame_bytes: size of a frame with all its views; None if no frame could be probed, as those below.
+        size_bytes: of all shards.
+        cpu_hours: time of one core like this machine's to read, resize and encode all frames.
+    """
+
+    shards: str
+    shards_planned: int
+    shards_present: int
+    frames: dict[str, int]
+    frames_per_shard: int
+    cameras: int
+    held_out_cameras: tuple[str, ...]
+    frame_bytes: int | None
+    size_bytes: int | None
+    cpu_hours: float | None
 
 
 def shard(capture_uri: str, out_uri: str, recipe: ShardRecipe) -> ShardSummary:
@@ -82,57 +125,129 @@ def shard(capture_uri: str, out_uri: str, recipe: ShardRecipe) -> ShardSummary:
         CaptureError: no capture at ``capture_uri``.
         CorruptFilesError: corrupt files under ``on_error: fail``; it names them all. The other shards are kept, so
             that a second run writes only what is missing.
-        ConfigError: the recipe does not fit the capture.
+        ConfigError: the recipe does not fit the capture, or something of another plan is at ``out_uri``.
         StorageError: ``out_uri`` cannot be written.
     """
-    config = recipe.shard.model_copy(update={"splits": with_split_files(recipe.shard.splits)})
-    capture, out_uri = open_for_sharding(capture_uri, config), storage.normalize_uri(out_uri)
-    storage.check_writable(out_uri)
-    plan = plan_shards(capture, config)
+    capture, plan, out_uri = _planned(capture_uri, out_uri, recipe)
     done = find_committed(out_uri, plan)
     if done is not None:
-        return _summary(out_uri, done, written=False)
-    initialise(recipe.tracking)
-    with (
-        tracked_run("shard", f"shard {out_uri.rsplit('/', 1)[-1]}", config=recipe.tracking, recipe=recipe) as run,
-        ray_cluster(),
-    ):
-        results = map_tasks(
-            _write_and_sum,
-            [(capture.uri, config, task, out_uri) for task in plan.shards],
-            description="shard",
-            stop_when=_TooManyFaults(),
-        )
-        faults = [item for result in results if isinstance(result, CorruptFilesError) for item in result.files]
-        if faults:
-            raise CorruptFilesError(capture.uri, tuple(faults))
-        records, sums = [record for record, _ in results], [part for _, part in results]
-        normalization = reduce_statistics(out_uri, capture, config, sums)
-        manifest = commit(out_uri, capture, config, plan, records, normalization)
-        summary = _summary(out_uri, manifest, written=True)
-        run.set_tags({"lipflow.shards_digest": summary.digest, "lipflow.shards": out_uri})
-        run.log_metrics(
-            {
-                "frames": sum(summary.frames.values()),
-                "size_bytes": summary.size_bytes,
-                "missing_views": summary.missing_views,
-                "skipped_files": summary.skipped_files,
-            }
-        )
+        return _summary(out_uri, done, written=False, shards_kept=len(done.shards))
+    names = [task.name for task in plan.shards]
+    with claimed(out_uri, plan.fingerprint, names):
+        initialise(recipe.tracking)
+        with (
+            tracked_run("shard", f"shard {out_uri.rsplit('/', 1)[-1]}", config=recipe.tracking, recipe=recipe) as run,
+            ray_cluster(),
+        ):
+            progress, job_id = _Progress(plan), uuid.uuid4().hex
+            results = map_tasks(
+                _finish_shard,
+                [(job_id, capture.uri, plan.config, task, out_uri) for task in plan.shards],
+                description="shard",
+                stop_when=_TooManyFaults(),
+                receive=progress.receive,
+                note=progress.note,
+            )
+            faults = [item for result in results if isinstance(result, CorruptFilesError) for item in result.files]
+            if faults:
+                raise CorruptFilesError(capture.uri, tuple(faults))
+            normalization = reduce_statistics(out_uri, capture, plan.config, [progress.sums.total()])
+            manifest = commit(out_uri, capture, plan, results, normalization)
+            summary = _summary(out_uri, manifest, written=True, shards_kept=progress.shards_kept)
+            run.set_tags({"lipflow.shards_digest": summary.digest, "lipflow.shards": out_uri})
+            run.log_metrics(
+                {
+                    "frames": sum(summary.frames.values()),
+                    "size_bytes": summary.size_bytes,
+                    "missing_views": summary.missing_views,
+                    "skipped_files": summary.skipped_files,
+                }
+            )
     return summary
 
 
-def _write_and_sum(
-    capture_uri: str, config: ShardConfig, task: ShardTask, out_uri: str
-) -> tuple[ShardRecord, FrameSums | None] | CorruptFilesError:
-    """The record and the statistics of a shard; corrupt files are a result, so that the other shards go on."""
+def forecast(capture_uri: str, out_uri: str, recipe: ShardRecipe) -> ShardForecast:
+    """What :func:`shard` would do with the same arguments; nothing is written.
+
+    Raises:
+        LipflowError: as :func:`shard`, as far as that can be told beforehand.
+    """
+    capture, plan, out_uri = _planned(capture_uri, out_uri, recipe)
+    names = [task.name for task in plan.shards]
+    check_target(out_uri, plan.fingerprint, names)
+    cost = probe_frames(capture, plan.settings, [frame for task in plan.shards for frame in task.frames])
+    frames = Counter[str]()
+    for task in plan.shards:
+        frames[task.split] += len(task.frames)
+    return ShardForecast(
+        shards=out_uri,
+        shards_planned=len(names),
+        shards_present=count_present(out_uri, names),
+        frames=dict(frames),
+        frames_per_shard=max(len(task.frames) for task in plan.shards),
+        cameras=len(capture.cameras),
+        held_out_cameras=plan.test_camera_ids,
+        frame_bytes=None if cost is None else round(cost.size_bytes),
+        size_bytes=None if cost is None else round(cost.size_bytes * frames.total()),
+        cpu_hours=None if cost is None else cost.cpu_s * frames.total() / 3600,
+    )
+
+
+def _planned(capture_uri: str, out_uri: str, recipe: ShardRecipe) -> tuple[Capture, ShardPlan, str]:
+    config = recipe.shard.model_copy(update={"splits": with_split_files(recipe.shard.splits)})
+    capture = open_for_sharding(capture_uri, config)
+    return capture, plan_shards(capture, config), storage.normalize_uri(out_uri)
+
+
+@lru_cache(maxsize=1)
+def _capture_of(job_id: str, capture_uri: str, config: ShardConfig) -> Capture:
+    """The open capture, once for all shards that a worker writes for a job: its listing takes a while on S3."""
+    return open_for_sharding(capture_uri, config)
+
+
+def _finish_shard(
+    job_id: str, capture_uri: str, config: ShardConfig, task: ShardTask, out_uri: str
+) -> ShardOutcome | CorruptFilesError:
+    """Corrupt files are a result, so that the other shards go on."""
     try:
-        record = write_shard(capture_uri, config, task, out_uri)
+        return finish_shard(_capture_of(job_id, capture_uri, config), config, task, out_uri)
     except CorruptFilesError as error:
         return error
-    if task.split != "train" or config.statistics != "recompute":
-        return record, None
-    return record, shard_statistics(out_uri, record)
+
+
+class _Progress:
+    """Takes the outcomes as they come: keeps records, adds statistics, and tells how fast shards are written."""
+
+    def __init__(self, plan: ShardPlan):
+        self.sums = OrderedSums(task.name for task in plan.shards)
+        self.shards_kept = 0
+        self._remaining_frames = sum(len(task.frames) for task in plan.shards)
+        self._frames = self._bytes = 0
+        self._started_s = time.monotonic()
+
+    def receive(self, result: ShardOutcome | CorruptFilesError) -> ShardRecord | CorruptFilesError:
+        """The record alone; statistics of all shards would not fit into memory."""
+        if isinstance(result, CorruptFilesError):
+            return result
+        record = result.record
+        self.sums.add(record.name, result.sums)
+        self._remaining_frames -= len(record.samples)
+        if result.kept:
+            self.shards_kept += 1
+        else:
+            self._frames += len(record.samples)
+            self._bytes += record.size_bytes
+        return record
+
+    def note(self) -> str:
+        """Kept shards, rates of the written ones, and the time that the remaining frames take at that rate."""
+        elapsed_s = max(time.monotonic() - self._started_s, 1e-6)
+        kept = f"{self.shards_kept} kept, " if self.shards_kept else ""
+        if not self._frames:
+            return kept + "none written yet"
+        rate = self._frames / elapsed_s
+        left = timedelta(seconds=round(max(self._remaining_frames, 0) / rate))
+        return f"{kept}{rate:.1f} frames/s, {self._bytes / elapsed_s / 1e6:.1f} MB/s, {left} left"
 
 
 class _TooManyFaults:
@@ -146,7 +261,7 @@ class _TooManyFaults:
         return self._found > MAX_LISTED_FAULTS
 
 
-def _summary(out_uri: str, manifest: Manifest, *, written: bool) -> ShardSummary:
+def _summary(out_uri: str, manifest: Manifest, *, written: bool, shards_kept: int) -> ShardSummary:
     frames: dict[str, int] = {}
     for record in manifest.shards:
         frames[record.split] = frames.get(record.split, 0) + len(record.samples)
@@ -160,25 +275,62 @@ def _summary(out_uri: str, manifest: Manifest, *, written: bool) -> ShardSummary
         skipped_files=len(manifest.skipped()),
         size_bytes=sum(record.size_bytes for record in manifest.shards),
         written=written,
+        shards_kept=shards_kept,
+        shards_written=len(manifest.shards) - shards_kept,
     )
 
 
 def shard_command(
     capture: Annotated[str, typer.Argument(metavar="CAPTURE", help="Capture: path, file:// or s3:// URI.")],
-    out: Annotated[str, typer.Argument(metavar="OUT", help="Where the shard set goes.")],
+    out: Annotated[
+        str,
+        typer.Argument(
+            metavar="OUT",
+            help="Where the shard set goes. Shards that are there with the right digest are kept: run again to resume.",
+        ),
+    ],
     recipe: RecipeOption = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan, its size and its cost; write nothing.")
+    ] = False,
     set_: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a capture as WebDataset shards; run again to write only what is missing."""
-    summary = shard(capture, out, load_recipe(ShardRecipe, recipe, set_ or ()))
+    """Write a capture as WebDataset shards.
+
+    Run the same command again to resume: shards that are there with the right digest are kept, the rest is written.
+    OUT belongs to one capture and recipe; with another one it is refused, unless it is empty.
+    """
+    settings = load_recipe(ShardRecipe, recipe, set_ or ())
+    if dry_run:
+        planned = forecast(capture, out, settings)
+        command.emit(asdict(planned), as_json, _forecast_line(planned))
+        return
+    summary = shard(capture, out, settings)
     frames = ", ".join(f"{count} {split}" for split, count in summary.frames.items())
+    done = f"; {summary.shards_written} shards written, {summary.shards_kept} kept"
     command.emit(
         asdict(summary),
         as_json,
         f"{summary.shards}: {frames} frames, {summary.cameras} cameras ({len(summary.held_out_cameras)} held out), "
         f"{summary.missing_views} views missing, {summary.skipped_files} files skipped, "
-        f"{summary.size_bytes / 1e6:.1f} MB" + ("" if summary.written else "; complete already, nothing written"),
+        f"{summary.size_bytes / 1e6:.1f} MB" + (done if summary.written else "; complete already, nothing written"),
+    )
+
+
+def _forecast_line(planned: ShardForecast) -> str:
+    frames = ", ".join(f"{count} {split}" for split, count in planned.frames.items())
+    held_out = f" ({', '.join(planned.held_out_cameras)} held out)" if planned.held_out_cameras else ""
+    cost = "no frame could be probed"
+    if planned.size_bytes is not None and planned.frame_bytes is not None and planned.cpu_hours is not None:
+        cost = (
+            f"about {planned.size_bytes / 1e6:.1f} MB ({planned.frame_bytes / 1e6:.2f} MB a frame) and "
+            f"{planned.cpu_hours:.3g} CPU-hours"
+        )
+    return (
+        f"{planned.shards}: {planned.shards_planned} shards of up to {planned.frames_per_shard} frames "
+        f"({planned.shards_present} there already), {frames} frames, {planned.cameras} cameras{held_out}, {cost}; "
+        "nothing written"
     )
 
 

@@ -17,7 +17,10 @@ from pipeline.driving.driven import DrivingConfig, with_driving
 from pipeline.manifest import FORMAT_VERSION, CameraRecord, canonical_sha256
 from pipeline.samples import SampleSettings
 from pipeline.setfiles import encode_topology
+from pipeline.shard_costs import frames_for, probe_frames
 from pipeline.splits import SPLITS, Split, SplitConfig, hash_order, split_cameras, split_segments
+
+_NOT_IN_FINGERPRINT = {"target_shard_bytes", "on_error", "max_skipped_fraction"}
 
 
 class ShardConfig(StrictConfig):
@@ -29,7 +32,9 @@ class ShardConfig(StrictConfig):
         codec: of the camera images; meshes, textures and headset views are always lossless.
         quality: of the lossy codecs.
         resize_filter: ``box`` averages the pixels that fall into one; ``lanczos`` is sharper and rings.
-        frames_per_shard: samples of one tar.
+        target_shard_bytes: size of a shard, from which the number of its frames is chosen: a few frames are encoded
+            to learn their size.
+        frames_per_shard: samples of one tar; None: as many as ``target_shard_bytes`` holds.
         seed: of the order of frames.
         splits: segments and cameras of training, validation and test.
         store_view_textures: also store the textures unwrapped from single cameras, where the capture has them.
@@ -45,7 +50,8 @@ class ShardConfig(StrictConfig):
     codec: ImageCodec = "png"
     quality: int = Field(default=95, ge=1, le=100)
     resize_filter: ResizeFilter = "box"
-    frames_per_shard: int = Field(default=16, gt=0)
+    target_shard_bytes: int = Field(default=256 * 2**20, gt=0)
+    frames_per_shard: int | None = Field(default=None, gt=0)
     seed: int = 0
     splits: SplitConfig = SplitConfig()
     store_view_textures: bool = False
@@ -68,9 +74,20 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """All shards of a set, in the order of the manifest."""
+    """All shards of a set, in the order of the manifest.
+
+    Attributes:
+        shards: the tasks.
+        config: the configuration, with ``frames_per_shard`` filled in.
+        splits: split to segments.
+        train_camera_ids: the training cameras.
+        test_camera_ids: those that are held out.
+        settings: how each frame is stored.
+        fingerprint: of all that decides the shards' bytes and names.
+    """
 
     shards: tuple[ShardTask, ...]
+    config: ShardConfig
     splits: dict[str, list[str]]
     train_camera_ids: tuple[str, ...]
     test_camera_ids: tuple[str, ...]
@@ -99,7 +116,7 @@ def open_for_sharding(capture: Capture | str, config: ShardConfig) -> Capture:
 
 
 def plan_shards(capture: Capture, config: ShardConfig) -> ShardPlan:
-    """Which frames go into which shard.
+    """Which frames go into which shard. Frames are listed, and a few of them read; no pixel of the others is.
 
     Args:
         capture: as :func:`open_for_sharding` gives it.
@@ -117,16 +134,23 @@ def plan_shards(capture: Capture, config: ShardConfig) -> ShardPlan:
     splits = split_segments(capture, config.splits)
     train_cameras, test_cameras = split_cameras(capture, config.splits)
     settings = sample_settings(capture, config)
-    fingerprint = _fingerprint(capture, config, settings.texture_size)
-    shards: list[ShardTask] = []
+    order: dict[Split, list[tuple[str, str]]] = {}
     for split in SPLITS:
         keys = [f"{segment}/{frame}" for segment in splits[split] for frame in capture.segments[segment]]
-        order = hash_order(keys, config.seed, "frames")
-        for number, start in enumerate(range(0, len(order), config.frames_per_shard)):
-            chosen = order[start : start + config.frames_per_shard]
-            frames = tuple((key.partition("/")[0], key.partition("/")[2]) for key in chosen)
-            shards.append(ShardTask(f"{split}-{number:06d}.tar", split, frames, fingerprint))
-    return ShardPlan(tuple(shards), splits, tuple(train_cameras), tuple(test_cameras), settings, fingerprint)
+        order[split] = [
+            (key.partition("/")[0], key.partition("/")[2]) for key in hash_order(keys, config.seed, "frames")
+        ]
+    count = config.frames_per_shard
+    if count is None:
+        count = frames_for(config.target_shard_bytes, probe_frames(capture, settings, order["train"]))
+        config = config.model_copy(update={"frames_per_shard": count})
+    fingerprint = _fingerprint(capture, config, settings.texture_size)
+    shards = tuple(
+        ShardTask(f"{split}-{number:06d}.tar", split, tuple(order[split][start : start + count]), fingerprint)
+        for split in SPLITS
+        for number, start in enumerate(range(0, len(order[split]), count))
+    )
+    return ShardPlan(shards, config, splits, tuple(train_cameras), tuple(test_cameras), settings, fingerprint)
 
 
 def sample_settings(capture: Capture, config: ShardConfig) -> SampleSettings:
@@ -159,6 +183,9 @@ def _fingerprint(capture: Capture, config: ShardConfig, texture_size: int) -> st
 
     Reading every byte of a capture to name it would take as long as sharding it. The first frame of every segment
     is read instead, which tells a capture from another one that was made with the same names.
+
+    What is done about corrupt files is not part of it: shards without one are the same under every policy, and a job
+    that one has stopped can be run again with another policy.
     """
     probes = []
     for segment, frames in capture.segments.items():
@@ -169,7 +196,7 @@ def _fingerprint(capture: Capture, config: ShardConfig, texture_size: int) -> st
     return canonical_sha256(
         {
             "format_version": FORMAT_VERSION,
-            "config": config.model_dump(mode="json"),
+            "config": config.model_dump(mode="json", exclude=_NOT_IN_FINGERPRINT),
             "cameras": [CameraRecord.of(camera).model_dump(mode="json") for camera in cameras],
             "frontal_camera_id": capture.frontal_camera_id,
             "keypoint_names": capture.keypoint_names,

@@ -7,13 +7,14 @@ listing and the configuration, :func:`write_shard` is idempotent and gives the s
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import logging
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
-from pydantic import ValidationError
 
-from lipflow.config import StrictConfig
 from lipflow.errors import CaptureError, ShardSetError
 from lipflow.types import Normalization
 from pipeline import storage
@@ -24,15 +25,15 @@ from pipeline.manifest import CameraRecord, Manifest, SampleRecord, ShardRecord,
 from pipeline.samples import SampleEncoder
 from pipeline.setfiles import NORMALIZATION_NAME, TOPOLOGY_NAME, encode_normalization, encode_topology
 from pipeline.shard_plan import ShardConfig, ShardPlan, ShardTask, open_for_sharding, plan_shards, sample_settings
+from pipeline.shard_target import ShardSidecar, claimed, foreign_plan_error, read_sidecar, sidecar_uri
 from pipeline.splits import with_split_files
-from pipeline.stats import FrameSums, merge, normalization_from, sum_frames
+from pipeline.stats import FrameSums, OrderedSums, merge, normalization_from, sum_frames
 from pipeline.tar import ShardWriter
-
-_logger = logging.getLogger(__name__)
-
 
 MAX_LISTED_FAULTS = 100
 """After so many corrupt files a job stops to look for more, and its error lists no more."""
+
+_LOOK_UPS_AT_ONCE = 16
 
 
 class CorruptFilesError(CaptureError):
@@ -61,11 +62,33 @@ class CorruptFilesError(CaptureError):
         return type(self), (self.capture_uri, self.files)
 
 
-class _ShardSidecar(StrictConfig):
-    """What lies beside a finished shard until (and after) the commit, so that a second run can trust it."""
+@dataclass(frozen=True)
+class ShardOutcome:
+    """A finished shard.
 
-    fingerprint: str
+    Attributes:
+        record: of the shard.
+        kept: whether it was there already.
+        sums: statistics of a training shard, where they are asked for and it has frames.
+    """
+
     record: ShardRecord
+    kept: bool
+    sums: FrameSums | None
+
+
+def finish_shard(capture: Capture | str, config: ShardConfig, task: ShardTask, out_uri: str) -> ShardOutcome:
+    """Write one shard, or keep it where the very same one is there, and take its part of the statistics.
+
+    Raises:
+        LipflowError: as :func:`write_shard`.
+    """
+    record = _present_record(config, task, out_uri)
+    kept = record is not None
+    if record is None:
+        record = _write(capture, config, task, out_uri)
+    wanted = task.split == "train" and config.statistics == "recompute"
+    return ShardOutcome(record, kept, shard_statistics(out_uri, record) if wanted else None)
 
 
 def write_shard(capture: Capture | str, config: ShardConfig, task: ShardTask, out_uri: str) -> ShardRecord:
@@ -79,12 +102,13 @@ def write_shard(capture: Capture | str, config: ShardConfig, task: ShardTask, ou
 
     Raises:
         CorruptFilesError: files of these frames are corrupt, and the policy is to fail; no shard is left.
+        ConfigError: a shard of another plan lies there.
         StorageError: the shard cannot be written.
     """
-    present = _present_record(task, out_uri)
-    if present is not None:
-        _logger.info("%s is there already", task.name)
-        return present
+    return _present_record(config, task, out_uri) or _write(capture, config, task, out_uri)
+
+
+def _write(capture: Capture | str, config: ShardConfig, task: ShardTask, out_uri: str) -> ShardRecord:
     if isinstance(capture, str):
         capture = open_for_sharding(capture, config)
     encoder = SampleEncoder(capture, sample_settings(capture, config))
@@ -106,8 +130,8 @@ def write_shard(capture: Capture | str, config: ShardConfig, task: ShardTask, ou
         samples=tuple(samples),
         skipped=tuple(encoder.skipped),
     )
-    sidecar = _ShardSidecar(fingerprint=task.fingerprint, record=record)
-    storage.write_bytes(_sidecar_uri(task, out_uri), sidecar.model_dump_json().encode())
+    sidecar = ShardSidecar(fingerprint=task.fingerprint, record=record)
+    storage.write_bytes(sidecar_uri(out_uri, task.name), sidecar.model_dump_json().encode())
     return record
 
 
@@ -120,7 +144,7 @@ def shard_statistics(out_uri: str, record: ShardRecord) -> FrameSums | None:
 
 
 def reduce_statistics(
-    out_uri: str, capture: Capture, config: ShardConfig, partials: list[FrameSums | None]
+    out_uri: str, capture: Capture, config: ShardConfig, partials: Iterable[FrameSums | None]
 ) -> Normalization:
     """The set's normalisation from the partial statistics of all training shards, in any order.
 
@@ -140,12 +164,13 @@ def reduce_statistics(
 def commit(
     out_uri: str,
     capture: Capture,
-    config: ShardConfig,
     plan: ShardPlan,
     records: list[ShardRecord],
     normalization: Normalization,
 ) -> Manifest:
     """Write ``topology.npz`` and ``normalization.npz``, then the manifest, which makes the set exist.
+
+    Where another job has committed the same shards in the meantime, its manifest stays.
 
     Raises:
         ShardSetError: a planned shard has no record.
@@ -156,7 +181,7 @@ def commit(
     if absent:
         raise ShardSetError(f"{out_uri}: {len(absent)} shards were not written, first {absent[0]}; run it again")
     ordered = tuple(by_name[task.name] for task in plan.shards)
-    _check_skipped(capture, config, ordered)
+    _check_skipped(capture.uri, plan.config, ordered)
     size = plan.settings.texture_size
     files = {
         TOPOLOGY_NAME: encode_topology(capture.topology, size),
@@ -165,7 +190,7 @@ def commit(
     for name, body in files.items():
         storage.write_bytes(storage.join(out_uri, name), body)
     manifest = Manifest(
-        config=config.model_dump(mode="json"),
+        config=plan.config.model_dump(mode="json"),
         capture_uri=capture.uri,
         fingerprint=plan.fingerprint,
         files={name: hashlib.sha256(body).hexdigest() for name, body in files.items()},
@@ -181,6 +206,10 @@ def commit(
         texture_size=size,
         num_vertices=capture.topology.num_vertices,
     )
+    with contextlib.suppress(ShardSetError):
+        present = Manifest.load(out_uri)
+        if present.fingerprint == plan.fingerprint and (present.shards, present.files) == (ordered, manifest.files):
+            return present
     manifest.save(out_uri)
     return manifest
 
@@ -188,26 +217,34 @@ def commit(
 def find_committed(out_uri: str, plan: ShardPlan, *, check_digests: bool = False) -> Manifest | None:
     """The manifest of a set that this very plan has written completely; None if there is work to do.
 
-    Every shard's size is compared with the manifest; with ``check_digests`` every byte is.
+    Every shard's size is compared with the manifest; with ``check_digests`` every byte is. A set in which corrupt
+    files were skipped is not complete for a plan whose policy is to fail.
+
+    Raises:
+        CaptureError: more files were skipped than the configuration allows.
     """
     try:
         manifest = Manifest.load(out_uri)
     except ShardSetError:
         return None
-    if manifest.fingerprint != plan.fingerprint:
+    if manifest.fingerprint != plan.fingerprint or (manifest.skipped() and plan.config.on_error == "fail"):
         return None
+    _check_skipped(manifest.capture_uri, plan.config, manifest.shards)
+    digests = manifest.files | ({shard.name: shard.sha256 for shard in manifest.shards} if check_digests else {})
+
+    def has_its_size(shard: ShardRecord) -> bool:
+        return storage.size_bytes(storage.join(out_uri, shard.name)) == shard.size_bytes
+
     try:
-        for shard in manifest.shards:
-            if storage.size_bytes(storage.join(out_uri, shard.name)) != shard.size_bytes:
-                return None
-        digests = manifest.files | ({shard.name: shard.sha256 for shard in manifest.shards} if check_digests else {})
-        intact = all(storage.sha256_hex(storage.join(out_uri, name)) == sha for name, sha in digests.items())
+        with ThreadPoolExecutor(_LOOK_UPS_AT_ONCE) as pool:
+            intact = all(pool.map(has_its_size, manifest.shards))
+        intact = intact and all(storage.sha256_hex(storage.join(out_uri, name)) == sha for name, sha in digests.items())
     except storage.ObjectNotFoundError:
         return None
     return manifest if intact else None
 
 
-def write_shards(capture: Capture, config: ShardConfig, out_uri: str) -> Manifest:
+def write_shards(capture: Capture | str, config: ShardConfig, out_uri: str) -> Manifest:
     """The whole job in this process: plan, write, take statistics, commit; nothing if that was done before.
 
     Raises:
@@ -219,44 +256,54 @@ def write_shards(capture: Capture, config: ShardConfig, out_uri: str) -> Manifes
     done = find_committed(out_uri, plan)
     if done is not None:
         return done
+    names = [task.name for task in plan.shards]
     records: list[ShardRecord] = []
     faults: list[SkippedFile] = []
-    for task in plan.shards:
-        try:
-            records.append(write_shard(capture, config, task, out_uri))
-        except CorruptFilesError as error:
-            faults += error.files
-            if len(faults) > MAX_LISTED_FAULTS:
-                break
-    if faults:
-        raise CorruptFilesError(capture.uri, tuple(faults))
-    train = [record for record in records if record.split == "train"] if config.statistics == "recompute" else []
-    partials = [shard_statistics(out_uri, record) for record in train]
-    return commit(out_uri, capture, config, plan, records, reduce_statistics(out_uri, capture, config, partials))
+    sums = OrderedSums(names)
+    with claimed(out_uri, plan.fingerprint, names):
+        for task in plan.shards:
+            try:
+                outcome = finish_shard(capture, plan.config, task, out_uri)
+            except CorruptFilesError as error:
+                faults += error.files
+                if len(faults) > MAX_LISTED_FAULTS:
+                    break
+            else:
+                records.append(outcome.record)
+                sums.add(task.name, outcome.sums)
+        if faults:
+            raise CorruptFilesError(capture.uri, tuple(faults))
+        return commit(out_uri, capture, plan, records, reduce_statistics(out_uri, capture, plan.config, [sums.total()]))
 
 
-def _present_record(task: ShardTask, out_uri: str) -> ShardRecord | None:
-    """The record of the shard if the very same one lies there, whole; every byte of it is compared."""
-    try:
-        sidecar = _ShardSidecar.model_validate_json(storage.read_bytes(_sidecar_uri(task, out_uri)))
-        record, shard_uri = sidecar.record, storage.join(out_uri, task.name)
-        if sidecar.fingerprint != task.fingerprint or storage.size_bytes(shard_uri) != record.size_bytes:
-            return None
-        return record if storage.sha256_hex(shard_uri) == record.sha256 else None
-    except (storage.ObjectNotFoundError, ValidationError):
+def _present_record(config: ShardConfig, task: ShardTask, out_uri: str) -> ShardRecord | None:
+    """The record of the shard if the very same one lies there, whole; every byte of it is compared.
+
+    Raises:
+        ConfigError: a shard of another plan lies there.
+    """
+    sidecar = read_sidecar(out_uri, task.name)
+    if sidecar is None:
         return None
+    if sidecar.fingerprint != task.fingerprint:
+        raise foreign_plan_error(out_uri, task.name)
+    record, shard_uri = sidecar.record, storage.join(out_uri, task.name)
+    if record.skipped and config.on_error == "fail":
+        return None
+    try:
+        if storage.size_bytes(shard_uri) != record.size_bytes or storage.sha256_hex(shard_uri) != record.sha256:
+            return None
+    except storage.ObjectNotFoundError:
+        return None
+    return record
 
 
-def _sidecar_uri(task: ShardTask, out_uri: str) -> str:
-    return storage.join(out_uri, task.name.removesuffix(".tar") + ".json")
-
-
-def _check_skipped(capture: Capture, config: ShardConfig, records: tuple[ShardRecord, ...]) -> None:
+def _check_skipped(capture_uri: str, config: ShardConfig, records: tuple[ShardRecord, ...]) -> None:
     skipped = [item for record in records for item in record.skipped]
     total = len(skipped) + sum(len(sample.members) for record in records for sample in record.samples)
     if skipped and len(skipped) > config.max_skipped_fraction * total:
         raise CaptureError(
-            f"{capture.uri}: {len(skipped)} of {total} files cannot be used, at most"
+            f"{capture_uri}: {len(skipped)} of {total} files cannot be used, at most"
             f" {config.max_skipped_fraction:.1%} may be skipped; first: {skipped[0].path}: {skipped[0].reason}"
         )
 
@@ -265,10 +312,12 @@ __all__ = [
     "MAX_LISTED_FAULTS",
     "CorruptFilesError",
     "ShardConfig",
+    "ShardOutcome",
     "ShardPlan",
     "ShardTask",
     "commit",
     "find_committed",
+    "finish_shard",
     "open_for_sharding",
     "plan_shards",
     "reduce_statistics",

@@ -7,7 +7,7 @@ textures are sums of integers and therefore exact; those of vertices depend on t
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -65,6 +65,50 @@ def merge(partials: Iterable[FrameSums]) -> FrameSums:
     for partial in ordered[1:]:
         total = _add(total, partial)
     return total
+
+
+class OrderedSums:
+    """Adds partial sums as they come, in any order, to what :func:`merge` gives, in the memory of a few of them.
+
+    Sums of textures are large, and exact in any order: they are added at once. The others wait for those before them.
+
+    Args:
+        keys: of all partial sums that will come.
+    """
+
+    def __init__(self, keys: Iterable[str]):
+        self._keys = sorted(keys)
+        self._next = 0
+        self._waiting: dict[str, FrameSums | None] = {}
+        self._texture: np.ndarray | None = None
+        self._total: FrameSums | None = None
+
+    def add(self, key: str, part: FrameSums | None) -> None:
+        """The partial sums of one shard; None for a shard without frames."""
+        if part is not None:
+            self._texture = part.texture if self._texture is None else self._texture + part.texture
+            part = replace(part, texture=_NO_TEXTURE)
+        self._waiting[key] = part
+        while self._next < len(self._keys) and self._keys[self._next] in self._waiting:
+            ready = self._waiting.pop(self._keys[self._next])
+            self._next += 1
+            if ready is not None:
+                self._total = ready if self._total is None else _add(self._total, ready)
+
+    def total(self) -> FrameSums | None:
+        """All sums in one; None if no shard had a frame.
+
+        Raises:
+            ValueError: some have not come.
+        """
+        if self._next < len(self._keys):
+            raise ValueError(f"the sums of {self._keys[self._next]} are missing")
+        if self._total is None or self._texture is None:
+            return None
+        return replace(self._total, texture=self._texture)
+
+
+_NO_TEXTURE = np.zeros(())
 
 
 def normalization_from(sums: FrameSums) -> Normalization:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
 import ray
 from ray.exceptions import RayTaskError, WorkerCrashedError
+from rich.console import Console
 
+from cluster import runtime
 from cluster.runtime import ClusterError, map_tasks, ray_cluster, unwrapped
 from lipflow.errors import CaptureError, LipflowError
 
@@ -24,6 +28,44 @@ def test_results_come_in_the_order_of_the_arguments(ray_session):
     arguments = [(number,) for number in range(6)]
     assert map_tasks(later_is_faster, arguments, description="square", max_in_flight=3) == [0, 1, 4, 9, 16, 25]
     assert map_tasks(later_is_faster, [], description="nothing") == []
+
+
+def test_results_are_reduced_as_they_come_and_notes_are_printed_where_there_is_no_terminal(
+    ray_session, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(runtime, "PROGRESS_LINE_EVERY_S", 0.0)
+    monkeypatch.setattr(runtime, "console", Console(file=io.StringIO(), width=100))
+    seen: list[bytes] = []
+
+    def fill(length: int) -> bytes:
+        return bytes(length)
+
+    def receive(body: bytes) -> int:
+        seen.append(body)
+        return len(body)
+
+    arguments = [(length,) for length in (3, 1, 2)]
+    lengths = map_tasks(fill, arguments, description="fill", receive=receive, note=lambda: f"{len(seen)} seen")
+    assert lengths == [3, 1, 2]
+    assert sorted(seen) == [b"\0", b"\0\0", b"\0\0\0"]
+    told = runtime.console.file.getvalue()
+    assert [line for line in ("fill: 1 of 3, 1 seen", "fill: 3 of 3, 3 seen") if line not in told] == []
+
+
+def test_no_task_writes_after_the_map_has_failed(ray_session, tmp_path: Path):
+    def work(folder: str, number: int) -> None:
+        import time
+
+        if number == 0:
+            raise CaptureError("frame 7 is corrupt")
+        time.sleep(0.5)
+        Path(folder, str(number)).write_text("")
+
+    with pytest.raises(CaptureError):
+        map_tasks(work, [(str(tmp_path), number) for number in range(4)], description="work")
+    left = sorted(tmp_path.iterdir())
+    time.sleep(1.5)
+    assert sorted(tmp_path.iterdir()) == left
 
 
 def test_a_cluster_that_is_joined_already_is_shared_and_stays(ray_session):
