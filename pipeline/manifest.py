@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pydantic
@@ -16,13 +17,21 @@ from lipflow.config import StrictConfig
 from lipflow.errors import ShardSetError
 from lipflow.types import Camera
 from pipeline import storage
+from pipeline.codecs import EXTENSION_OF_CODEC
 from pipeline.splits import Split
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
-_SAFE_NAME = re.compile(r"^[^/\\.\x00-\x1f][^/\\\x00-\x1f]*$")
+_SAFE_NAME = re.compile(r"[^/\\.\x00-\x1f][^/\\\x00-\x1f]*")
+_FRAME_ID = re.compile(r"(?!\.{1,2}/)[^/\\\x00-\x1f]+/[^/\\.\x00-\x1f]+")
+_MAX_VERTICES = 10_000_000
+_MAX_SIDE = 2**15
+_NEEDED = frozenset({"verts.npy.zst", "avgtex.png", "frame.json"})
+_OPTIONAL = frozenset({"keypoints.npy.zst"})
 
-Sha256 = str
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+"""Also the name of a shard's copy in a cache, so that nothing else may stand here."""
+Side = Annotated[int, Field(gt=0, le=_MAX_SIDE, description="pixels")]
 Row3 = tuple[float, float, float]
 Row4 = tuple[float, float, float, float]
 
@@ -33,7 +42,7 @@ class CameraRecord(StrictConfig):
     camera_id: str
     intrinsics: tuple[Row3, Row3, Row3]
     cam_from_world: tuple[Row4, Row4, Row4]
-    image_size_hw: tuple[int, int]
+    image_size_hw: tuple[Side, Side]
 
     @classmethod
     def of(cls, camera: Camera) -> CameraRecord:
@@ -77,13 +86,13 @@ class ShardRecord(StrictConfig):
     name: str
     split: Split
     sha256: Sha256
-    size_bytes: int
+    size_bytes: int = Field(ge=0, lt=2**63)
     samples: tuple[SampleRecord, ...]
     skipped: tuple[SkippedFile, ...] = ()
 
     @model_validator(mode="after")
     def _check(self) -> ShardRecord:
-        if not _SAFE_NAME.match(self.name):
+        if not _SAFE_NAME.fullmatch(self.name):
             raise ValueError(f"shard name {self.name!r} is not a plain file name")
         for sample in self.samples:
             for suffix, (offset, size) in sample.members.items():
@@ -116,9 +125,50 @@ class Manifest(StrictConfig):
     headset_cameras: tuple[CameraRecord, ...]
     keypoint_names: tuple[str, ...]
     splits: dict[str, tuple[str, ...]]
-    image_size_hw: tuple[int, int] = Field(description="pixels")
-    texture_size: int
-    num_vertices: int
+    image_size_hw: tuple[Side, Side]
+    texture_size: Side
+    num_vertices: int = Field(gt=0, le=_MAX_VERTICES)
+
+    @model_validator(mode="after")
+    def _check(self) -> Manifest:
+        """What readers rely on; verified once, here."""
+        extension = EXTENSION_OF_CODEC.get(str(self.config.get("codec")))
+        if extension is None:
+            raise ValueError(f"config.codec is {self.config.get('codec')!r}, no known image codec")
+        cameras = [camera.camera_id for camera in self.cameras]
+        samples = [(shard, sample) for shard in self.shards for sample in shard.samples]
+        for name, ids in (
+            ("cameras", cameras),
+            ("headset_cameras", [camera.camera_id for camera in self.headset_cameras]),
+            ("train_camera_ids", list(self.train_camera_ids)),
+            ("test_camera_ids", list(self.test_camera_ids)),
+            ("shards", [shard.name for shard in self.shards]),
+            ("samples", [sample.frame_id for _, sample in samples]),
+            ("splits", [segment for segments in self.splits.values() for segment in segments]),
+        ):
+            if len(set(ids)) < len(ids):
+                raise ValueError(f"{name}: {Counter(ids).most_common(1)[0][0]!r} stands there twice")
+        frontal = () if self.frontal_camera_id is None else (self.frontal_camera_id,)
+        missing = {camera_id for _, sample in samples for camera_id in sample.missing_views}
+        unknown = {*self.train_camera_ids, *self.test_camera_ids, *frontal, *missing} - set(cameras)
+        if unknown:
+            raise ValueError(f"camera {min(unknown)!r} is named, but not among the cameras")
+        images = {f"{camera_id}.image.{extension}": camera_id for camera_id in cameras}
+        textures = {f"{camera_id}.tex.png" for camera_id in cameras}
+        headset = {f"hmc-{camera.camera_id}.png" for camera in self.headset_cameras}
+        for shard, sample in samples:
+            other = sample.members.keys() - images.keys() - textures - headset
+            if not _NEEDED <= other <= _NEEDED | _OPTIONAL:
+                odd = min(other ^ _NEEDED)
+                raise ValueError(f"{sample.frame_id}.{odd}: an unknown member, or one that is absent")
+            absent = {camera_id for suffix, camera_id in images.items() if suffix not in sample.members}
+            if absent != set(sample.missing_views):
+                raise ValueError(f"{sample.frame_id}: missing views {sorted(absent)}, listed {sample.missing_views}")
+            if not _FRAME_ID.fullmatch(sample.frame_id):
+                raise ValueError(f"{sample.frame_id!r} is not SEGMENT/FRAME")
+            if sample.frame_id.partition("/")[0] not in self.splits.get(shard.split, ()):
+                raise ValueError(f"{sample.frame_id} lies in {shard.name}, but its segment is not in {shard.split}")
+        return self
 
     @classmethod
     def load(cls, shards_uri: str) -> Manifest:
@@ -144,7 +194,7 @@ class Manifest(StrictConfig):
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raise ShardSetError(f"{uri}: damaged at {where} ({first['msg']}); shard again") from error
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, RecursionError) as error:
             raise ShardSetError(f"{uri}: not a manifest ({error}); shard again") from error
 
     def save(self, shards_uri: str) -> None:

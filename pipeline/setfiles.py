@@ -36,14 +36,17 @@ def decode_topology(body: bytes, name: str) -> Topology:
     """
     arrays = _arrays(body, name)
     try:
-        names, vertices = arrays["landmark_names"].tolist(), arrays["landmark_vertices"].tolist()
+        vertices = _checked(arrays, "landmark_vertices", np.int64, (None,)).tolist()
+        names = arrays["landmark_names"]
+        if names.dtype.kind != "U" or names.shape != (len(vertices),):
+            raise ValueError(f"landmark_names is {names.dtype} {names.shape}")
         return Topology(
-            faces=arrays["faces"],
-            uvs=arrays["uvs"],
-            uv_faces=arrays["uv_faces"],
-            weight_mask=arrays["weight_mask"],
-            landmarks=dict(zip(names, vertices, strict=True)),
-            num_vertices=int(arrays["num_vertices"]),
+            faces=_checked(arrays, "faces", np.int64, (None, 3)),
+            uvs=_checked(arrays, "uvs", np.float32, (None, 2)),
+            uv_faces=_checked(arrays, "uv_faces", np.int64, (None, 3)),
+            weight_mask=_checked(arrays, "weight_mask", np.float32, (None, None)),
+            landmarks=dict(zip(names.tolist(), vertices, strict=True)),
+            num_vertices=int(_checked(arrays, "num_vertices", np.int64, ())),
         )
     except (KeyError, ValueError, TypeError) as error:
         raise ShardSetError(f"{name}: not a topology ({error}); shard the capture again") from error
@@ -70,13 +73,23 @@ def decode_normalization(body: bytes, name: str) -> Normalization:
     arrays = _arrays(body, name)
     try:
         return Normalization(
-            texture_mean=arrays["texture_mean"],
-            texture_std=float(arrays["texture_std"]),
-            vertices_mean=arrays["vertices_mean"],
-            vertices_std=float(arrays["vertices_std"]),
+            texture_mean=_checked(arrays, "texture_mean", np.float32, (3, None, None)),
+            texture_std=float(_checked(arrays, "texture_std", np.float64, ())),
+            vertices_mean=_checked(arrays, "vertices_mean", np.float32, (None, 3)),
+            vertices_std=float(_checked(arrays, "vertices_std", np.float64, ())),
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, ValueError) as error:
         raise ShardSetError(f"{name}: not a normalization ({error}); shard the capture again") from error
+
+
+def _checked(arrays: dict[str, np.ndarray], name: str, dtype: type, shape: tuple[int | None, ...]) -> np.ndarray:
+    """The array ``name``, which has to be of that type and shape; None is any length."""
+    array = arrays[name]
+    fits = len(array.shape) == len(shape)
+    fits = fits and all(side in (None, found) for side, found in zip(shape, array.shape, strict=True))
+    if array.dtype != dtype or not fits:
+        raise ValueError(f"{name} is {array.dtype} {array.shape}")
+    return array
 
 
 def _arrays(body: bytes, name: str) -> dict[str, np.ndarray]:

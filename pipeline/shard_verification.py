@@ -7,19 +7,26 @@ does: the tar's own headers have to say what the manifest says.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import IO, cast
 
 import numpy as np
 
 from lipflow.errors import LipflowError, ShardSetError
 from pipeline import storage
-from pipeline.captures.tracked import checked_vertices
-from pipeline.codecs import MAX_ARRAY_BYTES, ImageMode, decode_array, decode_image
+from pipeline.captures.tracked import check_camera, checked_vertices, parse_pose
+from pipeline.codecs import (
+    EXTENSION_OF_CODEC,
+    MAX_ARRAY_BYTES,
+    ImageMode,
+    decode_array,
+    decode_image,
+    image_size_hw,
+)
 from pipeline.manifest import MANIFEST_NAME, Manifest, SampleRecord, ShardRecord
 from pipeline.samples import (
     AVERAGE_TEXTURE,
@@ -31,18 +38,14 @@ from pipeline.samples import (
     view_texture_suffix,
 )
 from pipeline.setfiles import NORMALIZATION_NAME, TOPOLOGY_NAME, decode_normalization, decode_topology
-from pipeline.verification_report import FaultList, VerifyPart, VerifyReport, report_of
+from pipeline.shard_members import DigestedShard, ShardMemberError, plain_members
+from pipeline.verification_report import BadFile, FaultList, VerifyPart, VerifyReport, report_of
 
 LAYOUT = "shards"
-_CHUNK_BYTES = 16 * 2**20
 
 
 class ShardDigestError(ShardSetError):
     """A file of the set whose bytes are not those that the manifest was made of."""
-
-
-class ShardMemberError(ShardSetError):
-    """A member that is not what, or not where, the manifest says."""
 
 
 RunShards = Callable[[str, Manifest], Iterable[VerifyPart]]
@@ -72,11 +75,12 @@ def verify_shards(uri: str, run_shards: RunShards = run_shards_in_process) -> Ve
     uri = storage.normalize_uri(uri)
     faults = FaultList(uri)
     try:
-        manifest = Manifest.load(uri)
+        with _any_fault_named(storage.join(uri, MANIFEST_NAME)):
+            manifest = Manifest.load(uri)
     except LipflowError as error:
         faults.add(error, storage.join(uri, MANIFEST_NAME))
         return report_of(uri, LAYOUT, [VerifyPart(1, tuple(faults.bad))], complete=False)
-    parts = [VerifyPart(1), _verify_set_files(uri, manifest)]
+    parts = [VerifyPart(1, _bad_cameras(uri, manifest)), _verify_set_files(uri, manifest)]
     report = report_of(uri, LAYOUT, [*parts, *run_shards(uri, manifest)], complete=True)
     missing = list(manifest.missing_views())
     return replace(
@@ -101,9 +105,9 @@ def verify_shard(uri: str, manifest: Manifest, record: ShardRecord) -> VerifyPar
     shard_uri = storage.join(uri, record.name)
     faults = FaultList(uri)
     try:
-        stream = _DigestedShard(shard_uri)
-        decoded, absent = _decode_members(stream, shard_uri, manifest, record, faults)
-        stream.drain()
+        stream = DigestedShard(shard_uri)
+        decoded, absent, broken = _decode_members(stream, shard_uri, manifest, record, faults)
+        stream.skip_to(stream.size_bytes)
         if (stream.size_bytes, stream.digest.hexdigest()) != (record.size_bytes, record.sha256):
             faults.add(
                 ShardDigestError(
@@ -112,6 +116,8 @@ def verify_shard(uri: str, manifest: Manifest, record: ShardRecord) -> VerifyPar
                 ),
                 shard_uri,
             )
+        elif broken is not None:
+            faults.add(broken, shard_uri)
         elif absent:
             faults.add(
                 ShardMemberError(
@@ -125,6 +131,18 @@ def verify_shard(uri: str, manifest: Manifest, record: ShardRecord) -> VerifyPar
     return VerifyPart(1 + decoded, tuple(faults.bad))
 
 
+def _bad_cameras(uri: str, manifest: Manifest) -> tuple[BadFile, ...]:
+    faults, source = FaultList(uri), storage.join(uri, MANIFEST_NAME)
+    for camera in (*manifest.cameras, *manifest.headset_cameras):
+        try:
+            with _any_fault_named(source):
+                intrinsics, pose = np.array(camera.intrinsics), np.array(camera.cam_from_world)
+                check_camera(intrinsics, pose, camera.camera_id, source)
+        except LipflowError as error:
+            faults.add(error, source)
+    return tuple(faults.bad)
+
+
 def _verify_set_files(uri: str, manifest: Manifest) -> VerifyPart:
     faults = FaultList(uri)
     for name, check in ((TOPOLOGY_NAME, _check_topology), (NORMALIZATION_NAME, _check_normalization)):
@@ -133,67 +151,103 @@ def _verify_set_files(uri: str, manifest: Manifest) -> VerifyPart:
             body = storage.read_bytes(source)
             if hashlib.sha256(body).hexdigest() != manifest.files.get(name):
                 raise ShardDigestError(f"{source}: its SHA-256 is not the manifest's; fetch it again, or shard again")
-            check(body, source, manifest)
+            with _any_fault_named(source):
+                check(body, source, manifest)
         except LipflowError as error:
             faults.add(error, source)
     return VerifyPart(2, tuple(faults.bad))
 
 
+@contextmanager
+def _any_fault_named(source: str) -> Iterator[None]:
+    """Whatever a parser raises is the fault of the bytes at ``source``: the other files are still to be checked."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split()) or "no reason given"
+        raise ShardMemberError(
+            f"{source}: cannot be decoded ({type(error).__name__}: {reason}); shard again"
+        ) from error
+
+
 def _check_topology(body: bytes, source: str, manifest: Manifest) -> None:
-    topology = decode_topology(body, source)
-    size = manifest.texture_size
+    topology, size = decode_topology(body, source), manifest.texture_size
     if topology.num_vertices != manifest.num_vertices or topology.weight_mask.shape != (size, size):
         raise ShardMemberError(f"{source}: not of {manifest.num_vertices} vertices, {size} texels; shard again")
+    landmarks = np.array(list(topology.landmarks.values()), np.int64)
+    for name, places, count in (
+        ("faces", topology.faces, topology.num_vertices),
+        ("uv_faces", topology.uv_faces, len(topology.uvs)),
+        ("landmarks", landmarks, topology.num_vertices),
+    ):
+        if places.size and not 0 <= places.min() <= places.max() < count:
+            raise ShardMemberError(f"{source}: {name} point beyond the {count} that there are; shard again")
 
 
 def _check_normalization(body: bytes, source: str, manifest: Manifest) -> None:
     normalization, size = decode_normalization(body, source), manifest.texture_size
-    checked_vertices(normalization.vertices_mean, manifest.num_vertices, source)
-    if normalization.texture_mean.shape != (3, size, size):
-        raise ShardMemberError(f"{source}: a mean texture of {normalization.texture_mean.shape}, not {size} texels")
+    _check_shape(normalization.vertices_mean.shape, (manifest.num_vertices, 3), source)
+    _check_shape(normalization.texture_mean.shape, (3, size, size), source)
+    scales = (normalization.texture_std, normalization.vertices_std)
+    finite = all(np.isfinite(mean).all() for mean in (normalization.texture_mean, normalization.vertices_mean))
+    if not finite or not all(0 < scale < np.inf for scale in scales):
+        raise ShardMemberError(f"{source}: means that are not finite, or a std that is not positive; shard again")
 
 
 def _decode_members(
-    stream: _DigestedShard, shard_uri: str, manifest: Manifest, record: ShardRecord, faults: FaultList
-) -> tuple[int, list[str]]:
-    """The number of members that were looked at, and the names of those that did not come."""
+    stream: DigestedShard, shard_uri: str, manifest: Manifest, record: ShardRecord, faults: FaultList
+) -> tuple[int, list[str], ShardMemberError | None]:
+    """The number of members that were looked at, the names of those that did not come, and why if a header ended it."""
     samples = {sample.frame_id: sample for sample in record.samples}
     waiting = dict.fromkeys(f"{sample.frame_id}.{suffix}" for sample in record.samples for suffix in sample.members)
     decoded = 0
     try:
-        with tarfile.open(fileobj=cast("IO[bytes]", stream), mode="r|") as tar:
-            for entry in tar:
-                decoded += 1
-                waiting.pop(entry.name, None)
-                source = f"{shard_uri}!{entry.name}"
-                try:
-                    folder, _, file = entry.name.rpartition("/")
-                    frame, _, suffix = file.partition(".")
-                    sample = samples.get(f"{folder}/{frame}")
-                    if sample is None or sample.members.get(suffix) != (entry.offset_data, entry.size):
-                        raise ShardMemberError(f"{source}: not in the manifest, or at another place; shard again")
-                    content = tar.extractfile(entry)
-                    if content is None or entry.size > MAX_ARRAY_BYTES:
-                        raise ShardMemberError(f"{source}: {entry.size} bytes, not a file of a sample; shard again")
-                    _check_member(content.read(), suffix, sample, source, manifest)
-                except LipflowError as error:
-                    faults.add(error, source)
-    except (tarfile.TarError, EOFError):
-        # What did not come is absent, and the digest differs.
-        pass
-    return decoded, list(waiting)
+        for entry in plain_members(stream, shard_uri):
+            decoded += 1
+            waiting.pop(entry.name, None)
+            source = f"{shard_uri}!{entry.name}"
+            try:
+                folder, _, file = entry.name.rpartition("/")
+                frame, _, suffix = file.partition(".")
+                sample = samples.get(f"{folder}/{frame}")
+                if sample is None or sample.members.get(suffix) != (entry.offset, entry.size_bytes):
+                    raise ShardMemberError(f"{source}: not in the manifest, or at another place; shard again")
+                if entry.size_bytes > MAX_ARRAY_BYTES:
+                    raise ShardMemberError(
+                        f"{source}: {entry.size_bytes} bytes, more than a sample can hold; shard again"
+                    )
+                with _any_fault_named(source):
+                    _check_member(stream.read(entry.size_bytes), suffix, sample, source, manifest)
+            except LipflowError as error:
+                faults.add(error, source)
+    except ShardMemberError as error:
+        return decoded, list(waiting), error
+    return decoded, list(waiting), None
 
 
 def _check_member(body: bytes, suffix: str, sample: SampleRecord, source: str, manifest: Manifest) -> None:
     if suffix == FRAME:
         _check_frame(body, sample, source, manifest)
     elif suffix == VERTICES:
-        checked_vertices(decode_array(body, source), manifest.num_vertices, source)
+        checked_vertices(_decode_numbers(body, (manifest.num_vertices, 3), source), manifest.num_vertices, source)
     elif suffix == KEYPOINTS:
-        _check_shape(decode_array(body, source).shape, (len(manifest.keypoint_names), 3), source)
+        points = _decode_numbers(body, (len(manifest.keypoint_names), 3), source)
+        if not np.isfinite(points).all():
+            raise ShardMemberError(f"{source}: keypoints that are not finite; shard again")
     else:
         mode, size_hw = _expected_image(suffix, source, manifest)
+        if not suffix.endswith(f".{EXTENSION_OF_CODEC['planar']}"):
+            # by its header first: decoding another size could take far more memory than the set's own pictures do
+            _check_shape(image_size_hw(io.BytesIO(body), source), size_hw, source)
         _check_shape(decode_image(body, source, mode).shape[:2], size_hw, source)
+
+
+def _decode_numbers(body: bytes, shape: tuple[int, int], source: str) -> np.ndarray:
+    values = decode_array(body, source)
+    if values.dtype != np.float32:
+        raise ShardMemberError(f"{source}: an array of {values.dtype}, expected float32; shard again")
+    _check_shape(values.shape, shape, source)
+    return values
 
 
 def _expected_image(suffix: str, source: str, manifest: Manifest) -> tuple[ImageMode, tuple[int, int]]:
@@ -218,9 +272,10 @@ def _check_frame(body: bytes, sample: SampleRecord, source: str, manifest: Manif
         facts = json.loads(body)
         frame_id = f"{facts['segment']}/{facts['frame']}"
         pose, present = np.array(facts["world_from_head"], np.float64), list(facts["cameras"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ShardMemberError(f"{source}: not the facts of a frame ({error}); shard again") from error
     _check_shape(pose.shape, (3, 4), source)
+    parse_pose(" ".join(str(number) for number in pose.ravel()).encode(), source)
     codec = str(manifest.config["codec"])
     stored = [
         camera.camera_id for camera in manifest.cameras if image_suffix(camera.camera_id, codec) in sample.members
@@ -245,46 +300,6 @@ def _missing_headset_views(manifest: Manifest) -> Iterator[str]:
 
 def _counts(names: Iterable[str]) -> dict[str, int]:
     return dict(sorted(Counter(names).items()))
-
-
-class _DigestedShard:
-    """A shard as :mod:`tarfile` reads a stream, in large ranges that are retried; every byte is digested.
-
-    Args:
-        uri: of the shard.
-    """
-
-    def __init__(self, uri: str):
-        self._uri = uri
-        self.size_bytes = storage.size_bytes(uri)
-        self.digest = hashlib.sha256()
-        self._buffer, self._buffer_start = b"", 0
-        self._position = 0
-
-    def read(self, count: int) -> bytes:
-        """The next ``count`` bytes; fewer at the end."""
-        pieces = []
-        while count > 0 and self._position < self.size_bytes:
-            if self._position == self._buffer_start + len(self._buffer):
-                self._fetch()
-            start = self._position - self._buffer_start
-            piece = self._buffer[start : start + count]
-            pieces.append(piece)
-            count -= len(piece)
-            self._position += len(piece)
-        return b"".join(pieces)
-
-    def drain(self) -> None:
-        """Read what is left, for the digest."""
-        self._position = self._buffer_start + len(self._buffer)
-        while self._position < self.size_bytes:
-            self._fetch()
-            self._position += len(self._buffer)
-
-    def _fetch(self) -> None:
-        length = min(_CHUNK_BYTES, self.size_bytes - self._position)
-        self._buffer, self._buffer_start = storage.read_range(self._uri, self._position, length), self._position
-        self.digest.update(self._buffer)
 
 
 __all__ = [

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from pipeline import shard_verification, storage
+from pipeline import shard_members, storage
 from pipeline.codecs import decode_npz, encode_npz
 from pipeline.manifest import Manifest, SampleRecord, ShardRecord
 from pipeline.shard_verification import is_shard_set, verify_shard, verify_shards
@@ -128,10 +129,56 @@ def test_a_member_that_the_manifest_places_elsewhere(own_shards_folder: Path, ma
 
 def test_a_member_of_the_manifest_that_is_in_no_shard(own_shards_folder: Path, manifest: Manifest):
     def add(document: dict) -> None:
-        document["shards"][0]["samples"][0]["members"]["extra.png"] = [512, 10]
+        document["shards"][0]["samples"][0]["members"]["400001.tex.png"] = [512, 10]
 
     change_manifest(own_shards_folder, add)
     assert named(verify_shards(str(own_shards_folder))) == [(manifest.shards[0].name, "shard-member")]
+
+
+@pytest.mark.parametrize(
+    ("place", "field"),
+    [
+        (156, b"1"),
+        (156, b"2"),
+        (156, b"5"),
+        (156, b"x"),
+        (156, b"L"),
+        (156, b"S"),
+        (124, b"77777777777\0"),
+        (124, b"\x80" + b"\xff" * 11),
+        (124, b"\xff" * 12),
+        (0, b"\xff\xfe"),
+    ],
+    ids=["hard-link", "link", "folder", "pax", "long-name", "sparse", "8-gib", "2-to-88", "negative", "not-utf-8"],
+)
+def test_a_header_that_is_not_of_a_plain_file_ends_the_shard(
+    own_shards_folder: Path, manifest: Manifest, place: int, field: bytes
+):
+    """tarfile would seek through 2 ** 88 bytes that are not there, and take 8 GiB for an extended header."""
+    shard, sample = first_sample(manifest)
+    start = min(offset for offset, _ in sample.members.values()) - 512
+    body = bytearray((own_shards_folder / shard.name).read_bytes())
+    body[start + place : start + place + len(field)] = field
+    body[start + 148 : start + 156] = b" " * 8
+    body[start + 148 : start + 156] = b"%06o\0 " % sum(body[start : start + 512])
+    (own_shards_folder / shard.name).write_bytes(body)
+    seal(own_shards_folder)
+    assert named(verify_shards(str(own_shards_folder))) == [(shard.name, "shard-member")]
+
+
+@pytest.mark.parametrize("suffix", ["verts.npy.zst", "avgtex.png", "frame.json"])
+def test_a_pickle_under_a_member_s_name_is_not_loaded(own_shards_folder: Path, manifest: Manifest, suffix: str):
+    class Loaded:
+        def __reduce__(self):
+            return (Path(own_shards_folder / "loaded").touch, ())
+
+    shard, sample = first_sample(manifest)
+    overwrite(own_shards_folder, shard, sample, suffix, pickle.dumps(Loaded()))
+    seal(own_shards_folder)
+    assert [name for name, _ in named(verify_shards(str(own_shards_folder)))] == [
+        f"{shard.name}!{sample.frame_id}.{suffix}"
+    ]
+    assert not (own_shards_folder / "loaded").exists()
 
 
 def test_images_of_another_size_than_the_manifest_says(own_shards_folder: Path, manifest: Manifest):
@@ -149,15 +196,16 @@ def test_images_of_another_size_than_the_manifest_says(own_shards_folder: Path, 
 
 
 def test_a_view_that_is_neither_present_nor_missing(own_shards_folder: Path, manifest: Manifest):
-    shard, sample = first_sample(manifest)
+    _, sample = first_sample(manifest)
 
     def claim(document: dict) -> None:
         record = document["shards"][0]["samples"][0]
         record["missing_views"] = [] if record["missing_views"] else ["400001"]
 
     change_manifest(own_shards_folder, claim)
-    member = f"{shard.name}!{sample.frame_id}.frame.json"
-    assert named(verify_shards(str(own_shards_folder))) == [(member, "shard-member")]
+    [bad] = verify_shards(str(own_shards_folder)).bad
+    assert bad.path == f"file://{own_shards_folder}/manifest.json"
+    assert f"{sample.frame_id}: missing views " in bad.reason
 
 
 @pytest.mark.parametrize("name", ["topology.npz", "normalization.npz"])
@@ -174,8 +222,7 @@ def test_a_set_file_that_is_damaged_missing_or_of_another_set(own_shards_folder:
     )
     path.write_bytes(encode_npz(arrays))
     seal(own_shards_folder)
-    fault = "shard-member" if name == "topology.npz" else "vertex-count"
-    assert named(verify_shards(str(own_shards_folder))) == [(name, fault)]
+    assert named(verify_shards(str(own_shards_folder))) == [(name, "shard-member")]
     path.unlink()
     assert named(verify_shards(str(own_shards_folder))) == [(name, "object-not-found")]
 
@@ -193,7 +240,7 @@ def test_the_size_of_the_ranges_changes_nothing(own_shards_folder: Path, manifes
     shard, sample = first_sample(manifest)
     overwrite(own_shards_folder, shard, sample, "frame.json", b"{}")
     whole = verify_shards(str(own_shards_folder))
-    monkeypatch.setattr(shard_verification, "_CHUNK_BYTES", 1000)
+    monkeypatch.setattr(shard_members, "_CHUNK_BYTES", 1000)
     assert verify_shards(str(own_shards_folder)) == whole
     assert len(whole.bad) == 2
 
