@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 FACE ?=
 DEMO_OUT ?= demo-out
 
-.PHONY: install demo test lint format clean
+.PHONY: install demo test test-slow lint format clean
 
 install: $(INSTALLED)
 
@@ -24,6 +24,9 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/pytest $(PYTEST_ARGS)
+
+test-slow: $(INSTALLED)
+	$(BIN)/pytest -m slow $(PYTEST_ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
