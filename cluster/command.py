@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from typing import Annotated, Any
 
 import typer
@@ -39,6 +40,14 @@ def emit(result: dict[str, Any], as_json: bool, summary: str) -> None:
         print(json.dumps(result, indent=2, default=str))
     else:
         Console(soft_wrap=True).print(summary, highlight=False, markup=False)
+
+
+def run_job(module: str, function: str) -> None:
+    """Run a job of ``python -m cluster.<job>`` by its importable name.
+
+    What a job sends to Ray's workers has to be found in a module that they can import; ``__main__`` is none.
+    """
+    run(getattr(import_module(module), function))
 
 
 def run(app: typer.Typer | Callable[..., Any]) -> None:

@@ -212,4 +212,4 @@ def demo_command(
 
 
 if __name__ == "__main__":
-    command.run(demo_command)
+    command.run_job("cluster.demo", "demo_command")

@@ -252,4 +252,4 @@ def evaluate_command(
 
 
 if __name__ == "__main__":
-    command.run(evaluate_command)
+    command.run_job("cluster.evaluate", "evaluate_command")

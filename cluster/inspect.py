@@ -331,4 +331,4 @@ def inspect_command(
 
 
 if __name__ == "__main__":
-    command.run(inspect_command)
+    command.run_job("cluster.inspect", "inspect_command")

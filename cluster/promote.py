@@ -68,4 +68,4 @@ def rollback_command(
 
 
 if __name__ == "__main__":
-    command.run(promote_command)
+    command.run_job("cluster.promote", "promote_command")

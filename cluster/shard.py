@@ -335,4 +335,4 @@ def _forecast_line(planned: ShardForecast) -> str:
 
 
 if __name__ == "__main__":
-    command.run(shard_command)
+    command.run_job("cluster.shard", "shard_command")

@@ -170,4 +170,4 @@ def _console() -> Console:
 
 
 if __name__ == "__main__":
-    command.run(shards_command)
+    command.run_job("cluster.shards", "shards_command")

@@ -178,4 +178,4 @@ def synth_command(
 
 
 if __name__ == "__main__":
-    command.run(synth_command)
+    command.run_job("cluster.synth", "synth_command")

@@ -312,4 +312,4 @@ def train_command(
 
 
 if __name__ == "__main__":
-    command.run(train_command)
+    command.run_job("cluster.train", "train_command")

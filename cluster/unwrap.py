@@ -150,4 +150,4 @@ def unwrap_command(
 
 
 if __name__ == "__main__":
-    command.run(unwrap_command)
+    command.run_job("cluster.unwrap", "unwrap_command")

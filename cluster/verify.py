@@ -153,4 +153,4 @@ def _print(table: Table) -> None:
 
 
 if __name__ == "__main__":
-    command.run(verify_command)
+    command.run_job("cluster.verify", "verify_command")

@@ -34,11 +34,18 @@ class Submitter:
         self._runtime_env = json.dumps({"env_vars": variables})
 
     def submit(self, job_id: str, module: str, *arguments: str, wait: bool = False) -> int:
-        """The exit code of ``ray job submit``."""
+        """The exit code of ``ray job submit``, whose output is shown if the test fails."""
         command = [RAY, "job", "submit", "--address", self._dashboard, "--runtime-env-json", self._runtime_env]
         command += ["--submission-id", job_id, *([] if wait else ["--no-wait"])]
         command += ["--", sys.executable, "-m", module, *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120).returncode
+        deadline = time.monotonic() + 60
+        while True:
+            submission = subprocess.run(command, capture_output=True, text=True, timeout=120)
+            # A head that has only just come up on a busy machine asks to try again.
+            if "No available agent" not in submission.stderr or time.monotonic() > deadline:
+                print(submission.stdout, submission.stderr)
+                return submission.returncode
+            time.sleep(1.0)
 
     def finish(self, job_id: str) -> str:
         """The log of a job that must end with success."""
