@@ -20,8 +20,9 @@ from cluster import command
 from cluster.command import JsonOption
 from lipflow.errors import ConfigError
 from pipeline import storage
-from pipeline.capture import Capture, open_capture
+from pipeline.capture import Capture
 from pipeline.capture_report import CameraFacts, CaptureReport, SegmentFacts
+from pipeline.captures.opening import open_capture
 from pipeline.codecs import encode_image
 from pipeline.inspection import inspect_capture
 from pipeline.overlay import contact_sheet, draw_overlay, first_tracked_frame

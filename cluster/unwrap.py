@@ -17,7 +17,7 @@ from cluster.command import JsonOption, RecipeOption, SetOption
 from cluster.recipe import load_recipe
 from cluster.runtime import map_tasks, ray_cluster
 from pipeline import storage
-from pipeline.capture import open_capture
+from pipeline.captures.opening import open_capture
 from pipeline.unwrapping import (
     MAX_LISTED_FAULTS,
     UnwrapConfig,

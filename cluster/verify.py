@@ -18,7 +18,8 @@ from rich.table import Table
 from cluster import command
 from cluster.command import JsonOption
 from cluster.runtime import map_tasks, progress_bar, ray_cluster
-from pipeline.capture import Capture, open_capture
+from pipeline.capture import Capture
+from pipeline.captures.opening import open_capture
 from pipeline.manifest import Manifest
 from pipeline.shard_verification import is_shard_set, run_shards_in_process, verify_shard, verify_shards
 from pipeline.verification import VerifyTask, run_in_process, verify_capture, verify_part

@@ -1,4 +1,4 @@
-"""What a capture is to the rest of the pipeline, and the one function that opens one.
+"""What a capture is to the rest of the pipeline; :mod:`pipeline.captures.opening` opens one.
 
 A capture is read lazily: opening it lists cameras and frames, and nothing else is read before a method of a frame
 is called. A file that the capture lacks is None (a recorded fact); a file that is there and cannot be used is a
@@ -9,14 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
 from lipflow.errors import CaptureError
 from lipflow.types import Camera, Normalization, Topology
-from pipeline import storage
 
 AssetKind = Literal["vertices", "pose", "average_texture", "image", "view_texture", "headset", "keypoints"]
 """The files that a frame can have. ``image``, ``view_texture`` and ``headset`` come once for each camera."""
@@ -180,28 +178,6 @@ class Capture(Protocol):
     @property
     def headset_sequence(self) -> HeadsetSequence | None:
         """The unpaired headset capture of the same subject; None if there is none."""
-
-
-def open_capture(uri: str | Path) -> Capture:
-    """Open the capture at a path, ``file://`` or ``s3://`` URI, in whichever layout it is.
-
-    Raises:
-        CaptureError: there is no capture, or its calibration or frame list cannot be used.
-    """
-    from pipeline.captures.ava256 import Ava256Capture
-    from pipeline.captures.goliath import refuse_goliath
-    from pipeline.captures.multiface import MultifaceCapture
-
-    folder = storage.normalize_uri(uri)
-    if MultifaceCapture.is_at(folder):
-        return MultifaceCapture(folder)
-    refuse_goliath(folder)
-    if Ava256Capture.is_at(folder):
-        return Ava256Capture(folder)
-    raise CaptureError(
-        f"{folder}: not a capture: it has neither KRT and frame_list.txt (Multiface) nor "
-        "decoder/camera_calibration.json and decoder/frame_list.csv (Ava-256); give the folder that holds them"
-    )
 
 
 def require_pinhole(cameras: Iterable[Camera], source: str) -> None:

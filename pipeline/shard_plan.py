@@ -10,7 +10,8 @@ from pydantic import Field
 
 from lipflow.config import StrictConfig
 from lipflow.errors import ConfigError
-from pipeline.capture import Capture, open_capture, require_pinhole
+from pipeline.capture import Capture, require_pinhole
+from pipeline.captures.opening import open_capture
 from pipeline.captures.view import SelectedCameras
 from pipeline.codecs import ImageCodec, ResizeFilter, check_codec
 from pipeline.driving.driven import DrivingConfig, with_driving

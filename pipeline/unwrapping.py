@@ -27,9 +27,10 @@ from lipflow.errors import CaptureError, ConfigError
 from lipflow.render.camera import cam_from_head_tensor
 from lipflow.render.unwrap import TexelSurface, TextureAverage, Unwrapper, fill_unseen
 from pipeline import storage
-from pipeline.capture import Capture, CaptureFrame, open_capture
+from pipeline.capture import Capture, CaptureFrame
 from pipeline.capture_errors import check_image_size
 from pipeline.captures.multiface import TEXTURE_FOLDER
+from pipeline.captures.opening import open_capture
 from pipeline.codecs import CodecError, decode_any_image, encode_image
 from pipeline.manifest import SkippedFile
 from pipeline.undistort import Undistorter

@@ -15,8 +15,9 @@ from typing import Literal
 from lipflow.errors import LipflowError
 from lipflow.types import Camera
 from pipeline import storage
-from pipeline.capture import Capture, SegmentListing, open_capture
+from pipeline.capture import Capture, SegmentListing
 from pipeline.capture_errors import EmptySegmentError
+from pipeline.captures.opening import open_capture
 from pipeline.verification_report import (
     BadFile,
     FaultList,

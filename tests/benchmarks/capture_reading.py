@@ -20,7 +20,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.capture import open_capture
+from pipeline.captures.opening import open_capture
 from pipeline.codecs import decode_any_image
 from pipeline.dome.writer import DomeConfig, write_dome
 

@@ -15,7 +15,7 @@ import ray
 
 from cluster import cli, command
 from cluster.tracking import TrackingConfig
-from pipeline.capture import open_capture
+from pipeline.captures.opening import open_capture
 from pipeline.dome.writer import DomeConfig, write_dome
 from pipeline.shards import ShardConfig, write_shards
 

@@ -18,8 +18,8 @@ from rich.console import Console
 from cluster import command
 from cluster.inspect import inspect_command, print_report
 from pipeline import storage
-from pipeline.capture import open_capture
 from pipeline.capture_report import CaptureReport, MissingViews
+from pipeline.captures.opening import open_capture
 from pipeline.codecs import decode_image
 from pipeline.dome.writer import DomeConfig, write_dome
 from pipeline.inspection import inspect_capture

@@ -13,7 +13,7 @@ from PIL import Image
 
 from cluster import command
 from cluster.shards import shards_command
-from pipeline.capture import open_capture
+from pipeline.captures.opening import open_capture
 from pipeline.dome.writer import DomeConfig, write_dome
 from pipeline.manifest import Manifest
 from pipeline.shard_listing import list_shards

@@ -15,7 +15,7 @@ import ray
 from cluster import cli, command, synth
 from cluster.synth import SynthSummary, synthesise
 from lipflow.errors import ConfigError
-from pipeline.capture import open_capture
+from pipeline.captures.opening import open_capture
 from pipeline.dome.writer import DomeConfig, plan_dome, write_dome, write_dome_run, write_dome_static
 
 CONFIG = DomeConfig(

@@ -11,8 +11,8 @@ import pytest
 from cluster import cli, command
 from cluster.unwrap import unwrap
 from lipflow.errors import CaptureError
-from pipeline.capture import open_capture
 from pipeline.captures.multiface import TEXTURE_FOLDER
+from pipeline.captures.opening import open_capture
 from pipeline.dome.writer import DomeConfig, write_dome
 from pipeline.unwrapping import UnwrapConfig, UnwrapSettings, unwrap_frames
 

@@ -13,7 +13,7 @@ import pytest
 import ray
 
 from cluster import command, verify
-from pipeline.capture import open_capture
+from pipeline.captures.opening import open_capture
 from pipeline.dome.writer import DomeConfig, write_dome
 from pipeline.shards import ShardConfig, write_shards
 

@@ -9,7 +9,8 @@ import pytest
 import tenacity
 
 from pipeline import storage_s3
-from pipeline.capture import Capture, open_capture
+from pipeline.capture import Capture
+from pipeline.captures.opening import open_capture
 from pipeline.dome.writer import DomeConfig, write_dome
 from pipeline.manifest import Manifest
 from pipeline.shards import ShardConfig, write_shards

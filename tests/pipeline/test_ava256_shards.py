@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline import storage
-from pipeline.capture import open_capture
+from pipeline.captures.opening import open_capture
 from pipeline.dome.writer import dome_scene
 from pipeline.driving.driven import DrivingConfig
 from pipeline.loader import ShardSet

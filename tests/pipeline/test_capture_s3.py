@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lipflow.errors import CaptureError
-from pipeline.capture import open_capture
+from pipeline.captures.opening import open_capture
 from pipeline.dome.scene import synthesise_frame
 from pipeline.dome.writer import DomeConfig, write_dome
 

@@ -15,8 +15,9 @@ from lipflow.errors import CaptureError, StorageError
 from lipflow.render.camera import cam_from_head_tensor, look_at
 from lipflow.render.renderer import Renderer
 from lipflow.types import Camera, CameraTensors
-from pipeline.capture import Capture, CaptureFrame, open_capture
+from pipeline.capture import Capture, CaptureFrame
 from pipeline.captures.krt import format_krt
+from pipeline.captures.opening import open_capture
 from pipeline.dome import writer as dome_module
 from pipeline.dome.motion import head_motion, segment_names, segment_weights
 from pipeline.dome.rig import krt_rig, upright_head

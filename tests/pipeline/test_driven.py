@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 from lipflow.errors import CaptureError
-from pipeline.capture import Capture, CaptureFrame, open_capture
+from pipeline.capture import Capture, CaptureFrame
 from pipeline.captures.krt import format_krt
+from pipeline.captures.opening import open_capture
 from pipeline.captures.view import CaptureView
 from pipeline.dome.writer import DomeConfig, write_dome
 from pipeline.driving.driven import DrivenCapture, DrivingConfig, with_driving
@@ -152,7 +153,7 @@ def test_bytes_do_not_depend_on_the_order_of_calls(bare_folder):
 def test_bytes_do_not_depend_on_the_process(bare_folder):
     program = (
         "import sys, zlib\n"
-        "from pipeline.capture import open_capture\n"
+        "from pipeline.captures.opening import open_capture\n"
         "from pipeline.driving.driven import DrivingConfig, with_driving\n"
         "config = DrivingConfig.model_validate_json(sys.argv[2])\n"
         "capture = with_driving(open_capture(sys.argv[1]), config)\n"

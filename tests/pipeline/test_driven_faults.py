@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from lipflow.errors import CaptureError
-from pipeline.capture import Capture, open_capture
+from pipeline.capture import Capture
+from pipeline.captures.opening import open_capture
 from pipeline.codecs import decode_any_image, encode_image
 from pipeline.driving.driven import DrivingConfig, with_driving
 from pipeline.driving.headset import HEADSET_LANDMARKS

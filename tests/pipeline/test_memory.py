@@ -18,7 +18,7 @@ SHORT = 8
 RUN = """
 import re, sys
 from pathlib import Path
-from pipeline.capture import open_capture
+from pipeline.captures.opening import open_capture
 {body}
 print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 """

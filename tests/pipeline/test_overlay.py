@@ -18,9 +18,10 @@ from lipflow.render.camera import compose, project
 from lipflow.render.lens import undistort
 from lipflow.types import Camera
 from pipeline import overlay
-from pipeline.capture import Capture, open_capture
+from pipeline.capture import Capture
 from pipeline.capture_errors import ImageSizeError, MissingFileError
 from pipeline.captures.krt import format_krt
+from pipeline.captures.opening import open_capture
 from pipeline.codecs import decode_any_image, encode_image
 from pipeline.dome.writer import DomeConfig, write_dome
 from pipeline.inspection import distortion_shift_px

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.capture import Capture, open_capture
+from pipeline.capture import Capture
 from pipeline.captures.obj import ObjMesh, format_obj
+from pipeline.captures.opening import open_capture
 from pipeline.codecs import decode_any_image
 from pipeline.inspection import inspect_capture
 from pipeline.overlay import coverage, draw_overlay, project_mesh

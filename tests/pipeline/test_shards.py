@@ -18,7 +18,8 @@ from PIL import Image
 
 from lipflow.errors import CaptureError, ConfigError, ShardSetError
 from pipeline import shards, storage
-from pipeline.capture import Capture, open_capture
+from pipeline.capture import Capture
+from pipeline.captures.opening import open_capture
 from pipeline.manifest import Manifest
 from pipeline.samples import SampleEncoder
 from pipeline.shard_costs import probe_frames

@@ -15,7 +15,7 @@ import torch
 from lipflow.errors import StorageError
 from lipflow.types import FrameBatch
 from pipeline import storage, storage_s3
-from pipeline.capture import open_capture
+from pipeline.captures.opening import open_capture
 from pipeline.dome.writer import DomeConfig, write_dome
 from pipeline.loader import LoaderConfig, ShardLoader
 from pipeline.shards import ShardConfig, write_shards

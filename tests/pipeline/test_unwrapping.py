@@ -19,9 +19,10 @@ from lipflow.render.camera import cam_from_head_tensor
 from lipflow.render.lens import undistort
 from lipflow.render.unwrap import TextureAverage, Unwrapper
 from lipflow.types import Camera
-from pipeline.capture import Capture, open_capture
+from pipeline.capture import Capture
 from pipeline.captures.krt import format_krt
 from pipeline.captures.multiface import TEXTURE_FOLDER
+from pipeline.captures.opening import open_capture
 from pipeline.dome.scene import dome_scene
 from pipeline.dome.writer import DomeConfig, write_dome
 from pipeline.driving.picture import PictureTaker

@@ -12,8 +12,9 @@ import pytest
 
 from lipflow.errors import CaptureError, StorageError
 from pipeline import storage
-from pipeline.capture import Asset, Capture, open_capture
+from pipeline.capture import Asset, Capture
 from pipeline.captures.multiface import MultifaceCapture
+from pipeline.captures.opening import open_capture
 from pipeline.dome.writer import DomeConfig, plan_dome, write_dome
 from pipeline.verification import plan_verification, verify_capture, verify_part
 from pipeline.verification_report import report_of
