@@ -113,13 +113,13 @@ class Ava256Capture:
 
     def __init__(self, uri: str):
         self.uri = storage.normalize_uri(uri)
-        refuse_goliath(self.uri)
         nested = storage.join(self.uri, "decoder")
         is_nested = any(storage.exists(storage.join(nested, name)) for name in (_CALIBRATION, _FRAME_LIST))
         self.decoder_uri = nested if is_nested else self.uri
         self._root = self.uri if is_nested else _parent(self.uri)
         for name in (_CALIBRATION, _FRAME_LIST):
             if not storage.exists(storage.join(self.decoder_uri, name)):
+                refuse_goliath(self.uri)
                 raise MissingFileError(
                     f"{self.decoder_uri}/{name}: the file is missing; give the folder that holds decoder/ "
                     "(or decoder/ itself), and fetch the capture's camera_calibration and frame_list"

@@ -21,9 +21,9 @@ def open_capture(uri: str | Path) -> Capture:
     folder = storage.normalize_uri(uri)
     if MultifaceCapture.is_at(folder):
         return MultifaceCapture(folder)
-    refuse_goliath(folder)
     if Ava256Capture.is_at(folder):
         return Ava256Capture(folder)
+    refuse_goliath(folder)
     raise CaptureError(
         f"{folder}: not a capture: it has neither KRT and frame_list.txt (Multiface) nor "
         "decoder/camera_calibration.json and decoder/frame_list.csv (Ava-256); give the folder that holds them"
