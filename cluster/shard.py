@@ -25,12 +25,12 @@ from cluster.tracking import TrackingConfig, initialise, tracked_run
 from lipflow.config import StrictConfig
 from pipeline import storage
 from pipeline.capture import Capture
-from pipeline.manifest import Manifest, ShardRecord
+from pipeline.corrupt_files import CorruptFilesError, FaultLimit
+from pipeline.manifest import Manifest, ShardRecord, SkippedFile
 from pipeline.shard_costs import probe_frames
 from pipeline.shard_target import check_target, claimed, count_present
 from pipeline.shards import (
-    MAX_LISTED_FAULTS,
-    CorruptFilesError,
+    FETCH_OR_SKIP,
     ShardConfig,
     ShardOutcome,
     ShardPlan,
@@ -139,18 +139,18 @@ def shard(capture_uri: str, out_uri: str, recipe: ShardRecipe) -> ShardSummary:
             tracked_run("shard", f"shard {out_uri.rsplit('/', 1)[-1]}", config=recipe.tracking, recipe=recipe) as run,
             ray_cluster(),
         ):
-            progress, job_id = _Progress(plan), uuid.uuid4().hex
+            progress, limit, job_id = _Progress(plan), FaultLimit(), uuid.uuid4().hex
             results = map_tasks(
                 _finish_shard,
                 [(job_id, capture.uri, plan.config, task, out_uri) for task in plan.shards],
                 description="shard",
-                stop_when=_TooManyFaults(),
+                stop_when=lambda result: limit.is_passed_by(len(_faults(result))),
                 receive=progress.receive,
                 note=progress.note,
             )
-            faults = [item for result in results if isinstance(result, CorruptFilesError) for item in result.files]
+            faults = [item for result in results for item in _faults(result)]
             if faults:
-                raise CorruptFilesError(capture.uri, tuple(faults))
+                raise CorruptFilesError(capture.uri, tuple(faults), FETCH_OR_SKIP)
             normalization = reduce_statistics(out_uri, capture, plan.config, [progress.sums.total()])
             manifest = commit(out_uri, capture, plan, results, normalization)
             summary = _summary(out_uri, manifest, written=True, shards_kept=progress.shards_kept)
@@ -215,6 +215,10 @@ def _finish_shard(
         return error
 
 
+def _faults(result: object) -> tuple[SkippedFile, ...]:
+    return result.files if isinstance(result, CorruptFilesError) else ()
+
+
 class _Progress:
     """Takes the outcomes as they come: keeps records, adds statistics, and tells how fast shards are written."""
 
@@ -248,17 +252,6 @@ class _Progress:
         rate = self._frames / elapsed_s
         left = timedelta(seconds=round(max(self._remaining_frames, 0) / rate))
         return f"{kept}{rate:.1f} frames/s, {self._bytes / elapsed_s / 1e6:.1f} MB/s, {left} left"
-
-
-class _TooManyFaults:
-    """Whether so many corrupt files were found that looking for more is not worth the time."""
-
-    def __init__(self) -> None:
-        self._found = 0
-
-    def __call__(self, result: object) -> bool:
-        self._found += len(result.files) if isinstance(result, CorruptFilesError) else 0
-        return self._found > MAX_LISTED_FAULTS
 
 
 def _summary(out_uri: str, manifest: Manifest, *, written: bool, shards_kept: int) -> ShardSummary:

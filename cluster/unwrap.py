@@ -18,8 +18,8 @@ from cluster.recipe import load_recipe
 from cluster.runtime import map_tasks, ray_cluster
 from pipeline import storage
 from pipeline.captures.opening import open_capture
+from pipeline.corrupt_files import FaultLimit
 from pipeline.unwrapping import (
-    MAX_LISTED_FAULTS,
     UnwrapConfig,
     UnwrapReport,
     plan_unwrapping,
@@ -77,12 +77,13 @@ def unwrap(capture_uri: str, config: UnwrapConfig, out_uri: str | None = None) -
     if plan.tasks:
         storage.check_writable(plan.out_uri)
         write_settings(plan)
+        limit = FaultLimit()
         with ray_cluster():
             parts = map_tasks(
                 unwrap_frames,
                 [(capture.uri, plan.settings, segment, frames, plan.out_uri) for segment, frames in plan.tasks],
                 description="unwrap",
-                stop_when=_TooManyFaults(),
+                stop_when=lambda part: limit.is_passed_by(len(part.unusable)),
             )
         report = UnwrapReport.total(part for part in parts if part is not None)
     require_usable(capture.uri, report.unusable)
@@ -98,17 +99,6 @@ def unwrap(capture_uri: str, config: UnwrapConfig, out_uri: str | None = None) -
         missing_views=report.missing_views,
         unseen_frames=report.unseen_frames,
     )
-
-
-class _TooManyFaults:
-    """Whether so many corrupt files were found that looking for more is not worth the time."""
-
-    def __init__(self) -> None:
-        self._found = 0
-
-    def __call__(self, report: UnwrapReport) -> bool:
-        self._found += len(report.unusable)
-        return self._found > MAX_LISTED_FAULTS
 
 
 def unwrap_command(

@@ -20,6 +20,7 @@ from lipflow.types import Normalization
 from pipeline import storage
 from pipeline.capture import Capture
 from pipeline.codecs import resize_image
+from pipeline.corrupt_files import CorruptFilesError, FaultLimit
 from pipeline.frames import read_mesh_and_texture
 from pipeline.manifest import CameraRecord, Manifest, SampleRecord, ShardRecord, SkippedFile
 from pipeline.samples import SampleEncoder
@@ -30,36 +31,11 @@ from pipeline.splits import with_split_files
 from pipeline.stats import FrameSums, OrderedSums, merge, normalization_from, sum_frames
 from pipeline.tar import ShardWriter
 
-MAX_LISTED_FAULTS = 100
-"""After so many corrupt files a job stops to look for more, and its error lists no more."""
-
 _LOOK_UPS_AT_ONCE = 16
 
 
-class CorruptFilesError(CaptureError):
-    """Files of a capture that cannot be used, under ``on_error: fail``.
-
-    Attributes:
-        capture_uri: the capture.
-        files: each with its address and the reason.
-    """
-
-    def __init__(self, capture_uri: str, files: tuple[SkippedFile, ...]):
-        self.capture_uri = capture_uri
-        self.files = files
-        named = "; ".join(
-            item.reason if item.path in item.reason else f"{item.path}: {item.reason}"
-            for item in files[:MAX_LISTED_FAULTS]
-        )
-        more = f"; and {len(files) - MAX_LISTED_FAULTS} more" if len(files) > MAX_LISTED_FAULTS else ""
-        count = "1 file" if len(files) == 1 else f"{len(files)} files"
-        super().__init__(
-            f"{capture_uri}: {count} cannot be used: {named}{more}. "
-            "Fetch what is named here again, or set shard.on_error=skip to leave it out"
-        )
-
-    def __reduce__(self) -> tuple:
-        return type(self), (self.capture_uri, self.files)
+FETCH_OR_SKIP = "Fetch what is named here again, or set shard.on_error=skip to leave it out"
+"""What to do about corrupt files under ``on_error: fail``."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +97,7 @@ def _write(capture: Capture | str, config: ShardConfig, task: ShardTask, out_uri
                 missing = tuple(sample.missing_views)
                 samples.append(SampleRecord(frame_id=sample.frame_id, members=places, missing_views=missing))
         if encoder.skipped and config.on_error == "fail":
-            raise CorruptFilesError(capture.uri, tuple(encoder.skipped))
+            raise CorruptFilesError(capture.uri, tuple(encoder.skipped), FETCH_OR_SKIP)
     record = ShardRecord(
         name=task.name,
         split=task.split,
@@ -259,6 +235,7 @@ def write_shards(capture: Capture | str, config: ShardConfig, out_uri: str) -> M
     names = [task.name for task in plan.shards]
     records: list[ShardRecord] = []
     faults: list[SkippedFile] = []
+    limit = FaultLimit()
     sums = OrderedSums(names)
     with claimed(out_uri, plan.fingerprint, names):
         for task in plan.shards:
@@ -266,13 +243,13 @@ def write_shards(capture: Capture | str, config: ShardConfig, out_uri: str) -> M
                 outcome = finish_shard(capture, plan.config, task, out_uri)
             except CorruptFilesError as error:
                 faults += error.files
-                if len(faults) > MAX_LISTED_FAULTS:
+                if limit.is_passed_by(len(error.files)):
                     break
             else:
                 records.append(outcome.record)
                 sums.add(task.name, outcome.sums)
         if faults:
-            raise CorruptFilesError(capture.uri, tuple(faults))
+            raise CorruptFilesError(capture.uri, tuple(faults), FETCH_OR_SKIP)
         return commit(out_uri, capture, plan, records, reduce_statistics(out_uri, capture, plan.config, [sums.total()]))
 
 
@@ -309,8 +286,7 @@ def _check_skipped(capture_uri: str, config: ShardConfig, records: tuple[ShardRe
 
 
 __all__ = [
-    "MAX_LISTED_FAULTS",
-    "CorruptFilesError",
+    "FETCH_OR_SKIP",
     "ShardConfig",
     "ShardOutcome",
     "ShardPlan",

@@ -32,6 +32,7 @@ from pipeline.capture_errors import check_image_size
 from pipeline.captures.multiface import TEXTURE_FOLDER
 from pipeline.captures.opening import open_capture
 from pipeline.codecs import CodecError, decode_any_image, encode_image
+from pipeline.corrupt_files import CorruptFilesError
 from pipeline.manifest import SkippedFile
 from pipeline.undistort import Undistorter
 
@@ -41,8 +42,6 @@ DEFAULT_TEXTURE_SIZE = 1024
 
 SETTINGS_FILE = "unwrap.json"
 """Beside the textures: what they were made with, so that no run adds to them with other settings."""
-
-MAX_LISTED_FAULTS = 100
 
 
 class UnwrapConfig(StrictConfig):
@@ -260,16 +259,15 @@ def require_usable(capture_uri: str, unusable: tuple[SkippedFile, ...]) -> None:
     """Name the corrupt files that a run met.
 
     Raises:
-        CaptureError: there are any.
+        CorruptFilesError: there are any.
     """
     if not unusable:
         return
-    named = "; ".join(file.reason for file in unusable[:MAX_LISTED_FAULTS])
-    more = f"; and {len(unusable) - MAX_LISTED_FAULTS} more" if len(unusable) > MAX_LISTED_FAULTS else ""
-    count = "1 file" if len(unusable) == 1 else f"{len(unusable)} files"
-    raise CaptureError(
-        f"{capture_uri}: {count} cannot be used, and their frames got no average texture: {named}{more}. "
-        "Fetch them again, or remove them, and run the same command again; all others are written"
+    raise CorruptFilesError(
+        capture_uri,
+        unusable,
+        remedy="Fetch them again, or remove them, and run the same command again; all others are written",
+        consequence=", and their frames got no average texture",
     )
 
 

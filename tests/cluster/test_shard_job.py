@@ -13,8 +13,9 @@ from cluster import cli, shard
 from cluster.shard import ShardRecipe, forecast
 from cluster.tracking import TrackingConfig
 from lipflow.errors import ConfigError
+from pipeline.corrupt_files import CorruptFilesError
 from pipeline.dome.writer import DomeConfig, write_dome
-from pipeline.shards import CorruptFilesError, ShardConfig, finish_shard, open_for_sharding, plan_shards, write_shards
+from pipeline.shards import ShardConfig, finish_shard, open_for_sharding, plan_shards, write_shards
 from pipeline.splits import SplitConfig
 
 # Raised inside MLflow, about its own use of SQLAlchemy.

@@ -20,11 +20,12 @@ from lipflow.errors import CaptureError, ConfigError, ShardSetError
 from pipeline import shards, storage
 from pipeline.capture import Capture
 from pipeline.captures.opening import open_capture
+from pipeline.corrupt_files import CorruptFilesError
 from pipeline.manifest import Manifest
 from pipeline.samples import SampleEncoder
 from pipeline.shard_costs import probe_frames
 from pipeline.shard_target import claimed
-from pipeline.shards import CorruptFilesError, ShardConfig, find_committed, plan_shards, write_shard, write_shards
+from pipeline.shards import ShardConfig, find_committed, plan_shards, write_shard, write_shards
 from pipeline.splits import SplitConfig
 from pipeline.stats import OrderedSums, merge
 from pipeline.undistort import Undistorter
