@@ -34,10 +34,15 @@ class AvatarConfig(StrictConfig):
         decoder_channels: widths of the texture decoder's features, coarsest first.
         spatial_bias: the decoder's biases have the full shape of their features, not one value a channel.
         residual: a residual 3 x 3 convolution follows every change of resolution.
-        upsample: ``transposed`` convolution, or true ``bilinear`` interpolation and a convolution.
-        warp_field: the decoded texture is sampled at a decoded, monotone deformation grid.
+        upsample: ``transposed`` convolution, or true ``bilinear`` interpolation and a convolution; ``nearest``, which
+            the public Multiface code does under the name of bilinear, is there for its weights.
+        warp_field: the decoded texture is sampled at a decoded deformation grid.
+        warp_kind: ``integrated`` from positive increments, so that texels never flip; ``offset``, a plain field of
+            offsets as in the public Multiface code, can fold and is there for its weights.
         warp_channels: widths of the warp decoder's features, coarsest first; their number sets the size of the
-            decoded field, ``4 * 2 ** (len - 1)``, at most T.
+            decoded field, ``4 * 2 ** (len - 1)`` (``offset``: half of it), at most T.
+        color_correction: of each camera, on the whole ``texture``; ``deviation``, on its difference from the mean
+            texture alone as in the public Multiface code, is there for its weights.
         mean_scale: factor of the encoder's mean (public: 0.1).
         log_std_scale: factor of the encoder's log standard deviation (public: 0.01).
         signals: the driving signals that have an encoder; None for all that the capture offers.
@@ -59,9 +64,11 @@ class AvatarConfig(StrictConfig):
     decoder_channels: tuple[int, ...] = Field((128, 128, 64, 64, 32, 32, 16, 16), min_length=1)
     spatial_bias: bool = True
     residual: bool = False
-    upsample: Literal["transposed", "bilinear"] = "transposed"
+    upsample: Literal["transposed", "bilinear", "nearest"] = "transposed"
     warp_field: bool = False
+    warp_kind: Literal["integrated", "offset"] = "integrated"
     warp_channels: tuple[int, ...] = Field((128, 64, 64, 32, 32, 16), min_length=2)
+    color_correction: Literal["texture", "deviation"] = "texture"
     mean_scale: float = Field(0.1, gt=0)
     log_std_scale: float = Field(0.01, gt=0)
     signals: tuple[Signal, ...] | None = None
@@ -82,7 +89,8 @@ class AvatarConfig(StrictConfig):
         for name in ("encoder_channels", "decoder_channels", "warp_channels", "driver_channels"):
             if min(getattr(self, name)) < 1:
                 raise ValueError(f"{name} holds a width below 1: {getattr(self, name)}")
-        if self.warp_field and 4 * 2 ** (len(self.warp_channels) - 1) > self.texture_size:
+        coarsest = 4 if self.warp_kind == "integrated" else 2
+        if self.warp_field and coarsest * 2 ** (len(self.warp_channels) - 1) > self.texture_size:
             raise ValueError(
                 f"{len(self.warp_channels)} warp_channels decode a field larger than texture_size "
                 f"{self.texture_size}: give fewer warp_channels"

@@ -74,7 +74,8 @@ class Avatar(nn.Module):
             torch.default_generator.manual_seed(config.init_seed)
             self.encoder = Encoder(config, num_vertices)
             self.decoder = Decoder(config, num_vertices)
-            self.color = ColorCorrection(context.camera_ids, context.train_camera_ids, self.texture_std)
+            pivot = self.texture_mean if config.color_correction == "deviation" else None
+            self.color = ColorCorrection(context.camera_ids, context.train_camera_ids, self.texture_std, pivot)
             self.flow = (
                 LatentFlow(config.latent_size, config.flow_steps, config.flow_hidden_size)
                 if config.method == "lipflow"

@@ -131,38 +131,41 @@ class UpConv(nn.Module):
     Args:
         inputs, outputs: channels.
         size: side of the output, in cells.
-        upsample: ``transposed`` or ``bilinear``.
+        upsample: ``transposed``, ``bilinear`` or ``nearest``.
         spatial_bias: a bias for every cell of every channel instead of one for every channel.
         last: no activation follows.
     """
 
     def __init__(self, inputs: int, outputs: int, size: int, *, upsample: str, spatial_bias: bool, last: bool = False):
         super().__init__()
-        self.bilinear = upsample == "bilinear"
+        self.upsample = upsample
         self.conv = (
-            NormConv(inputs, outputs, 3, bias=False, last=last)
-            if self.bilinear
-            else NormConvTransposed(inputs, outputs, last=last)
+            NormConvTransposed(inputs, outputs, last=last)
+            if upsample == "transposed"
+            else NormConv(inputs, outputs, 3, bias=False, last=last)
         )
         side = size if spatial_bias else 1
         self.bias = nn.Parameter(torch.zeros(outputs, side, side))
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, inputs, size / 2, size / 2) -> (N, outputs, size, size)``."""
-        if self.bilinear:
+        if self.upsample == "bilinear":
             x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+        elif self.upsample == "nearest":
+            x = F.interpolate(x, scale_factor=2, mode="nearest")
         feature = self.conv(x)
         return feature + self.bias.to(feature.dtype)
 
 
 class UpTower(nn.Module):
-    """``(N, widths[0], 4, 4)`` to ``(N, outputs, size, size)`` by doublings; the last one has no activation.
+    """``(N, widths[0], C, C)`` to ``(N, outputs, size, size)`` by doublings; the last one has no activation.
 
     Args:
-        widths: of the features at 4, 8, ... cells, ``halvings(size)`` of them.
+        widths: of the features at C, 2 C, ... cells; so many doublings lead from C to ``size``.
         outputs: channels of the result.
         size: its side.
         upsample, spatial_bias, residual: the switches of ``AvatarConfig``.
+        coarse: C, side of the coarsest feature.
     """
 
     def __init__(
@@ -174,16 +177,17 @@ class UpTower(nn.Module):
         upsample: str,
         spatial_bias: bool,
         residual: bool,
+        coarse: int = COARSE,
     ):
         super().__init__()
-        if COARSE * 2 ** len(widths) != size:
-            raise ValueError(f"{len(widths)} doublings of {COARSE} do not give {size}: give {halvings(size)} widths")
+        if coarse * 2 ** len(widths) != size:
+            raise ValueError(f"{len(widths)} doublings of {coarse} do not give {size}: give as many widths as do")
         afters = [*widths[1:], outputs]
         self.stages = nn.ModuleList(
             UpConv(
                 before,
                 after,
-                2 * COARSE * 2**level,
+                2 * coarse * 2**level,
                 upsample=upsample,
                 spatial_bias=spatial_bias,
                 last=level == len(widths) - 1,
@@ -195,7 +199,7 @@ class UpTower(nn.Module):
         )
 
     def forward(self, feature: Tensor) -> Tensor:
-        """``(N, widths[0], 4, 4) -> (N, outputs, size, size)``."""
+        """``(N, widths[0], C, C) -> (N, outputs, size, size)``."""
         # Channels last: these few-channel, large-area convolutions run about twice as fast so.
         feature = feature.contiguous(memory_format=torch.channels_last)
         for level, stage in enumerate(self.stages):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class ColorCorrection(nn.Module):
-    """``gain * texture + bias`` of each camera, in 0..255.
+    """``gain * (texture - pivot) + pivot + bias`` of each camera, in 0..255.
 
     The bias is held in units of the texture std, so that one learning rate suits it and the gain. The first
     training camera is the anchor: its gain 1 and bias 0 are no parameters. A camera that is not trained has none
@@ -19,12 +19,21 @@ class ColorCorrection(nn.Module):
         camera_ids: all cameras, in the order of ``camera_index``.
         train_camera_ids: those that get parameters.
         texture_std: of the capture, 0..255.
+        pivot: ``(3, T, T)`` colours that a gain leaves as they are; None: black.
     """
 
     row_of_camera: Tensor
+    pivot: Tensor | None
 
-    def __init__(self, camera_ids: Sequence[str], train_camera_ids: Sequence[str], texture_std: float):
+    def __init__(
+        self,
+        camera_ids: Sequence[str],
+        train_camera_ids: Sequence[str],
+        texture_std: float,
+        pivot: Tensor | None = None,
+    ):
         super().__init__()
+        self.register_buffer("pivot", pivot, persistent=False)
         trained = [camera_id for camera_id in camera_ids if camera_id in set(train_camera_ids)]
         rows = {camera_id: row for row, camera_id in enumerate(trained)}
         self.register_buffer(
@@ -44,8 +53,10 @@ class ColorCorrection(nn.Module):
 
     def forward(self, textures: Tensor, camera_index: Tensor) -> Tensor:
         """Textures ``(..., 3, T, T)`` in 0..255 as the cameras ``(...)`` see them."""
-        gain, bias = self.gain_bias(camera_index)
-        return textures * gain[..., None, None] + bias[..., None, None]
+        gain, bias = (colour[..., None, None] for colour in self.gain_bias(camera_index))
+        if self.pivot is None:
+            return textures * gain + bias
+        return (textures - self.pivot) * gain + self.pivot + bias
 
 
 def solve_gain_bias(predicted: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lipflow.config import AvatarConfig
-from lipflow.model.blocks import COARSE, NormConv, NormLinear, UpTower, halvings, leaky, level_widths
-
-MIN_STRETCH = 0.1
-"""A warped cell keeps at least this part of its undeformed width."""
+from lipflow.model.blocks import COARSE, NormLinear, UpTower, halvings, leaky, level_widths
+from lipflow.model.warp import build_warp
 
 
 class Decoder(nn.Module):
@@ -31,7 +28,7 @@ class Decoder(nn.Module):
             spatial_bias=config.spatial_bias,
             residual=config.residual,
         )
-        self.warp = WarpField(config) if config.warp_field else None
+        self.warp = build_warp(config) if config.warp_field else None
 
     def forward(self, z: Tensor, view_vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Decode frames, each for its own K views.
@@ -51,7 +48,7 @@ class Decoder(nn.Module):
         coarse = leaky(self.texture_fc(joined)).view(frames * views, -1, COARSE, COARSE)
         textures = self.tower(coarse).unflatten(0, (frames, views))
         if self.warp is not None:
-            textures = _sample_views(textures, self.warp(code))
+            textures = self.warp(textures, z, code)
         return vertices, textures
 
     def vertices(self, z: Tensor) -> Tensor:
@@ -60,52 +57,3 @@ class Decoder(nn.Module):
 
     def _mesh(self, code: Tensor) -> Tensor:
         return self.mesh_fc(code).unflatten(-1, (-1, 3))
-
-
-class WarpField(nn.Module):
-    """A deformation of the texture square that never folds a row or a column.
-
-    Deformable Autoencoders (Shu et al., 2018) decode positive increments and integrate them along x and y. Here the
-    increments of a row (or column) are a softmax with a floor, so that they sum to one: the borders stay where they
-    are, and equal logits give the identity.
-    """
-
-    def __init__(self, config: AvatarConfig):
-        super().__init__()
-        self.size = config.texture_size
-        channels = config.warp_channels
-        self.fc = NormLinear(config.hidden_size, channels[0] * COARSE * COARSE)
-        self.tower = UpTower(
-            channels[:-1],
-            channels[-1],
-            COARSE * 2 ** (len(channels) - 1),
-            upsample=config.upsample,
-            spatial_bias=config.spatial_bias,
-            residual=config.residual,
-        )
-        self.head = NormConv(channels[-1], 2, 3, last=True)
-        with torch.no_grad():
-            self.head.gain.mul_(0.1)  # near the identity, and still a path for gradients
-
-    def forward(self, code: Tensor) -> Tensor:
-        """``(B, hidden)`` to sampling positions ``(B, T, T, 2)``, x and y in [-1, 1] (texel edges at +-1)."""
-        coarse = leaky(self.fc(code)).view(len(code), -1, COARSE, COARSE)
-        logits = self.head(leaky(self.tower(coarse))).float()
-        logits = F.interpolate(logits, size=(self.size, self.size), mode="bilinear", align_corners=False)
-        x = integrate_increments(logits[:, 0], -1)
-        y = integrate_increments(logits[:, 1], -2)
-        return torch.stack([x, y], -1)
-
-
-def integrate_increments(logits: Tensor, dim: int) -> Tensor:
-    """Cell centres in [-1, 1] of cells whose positive widths are a floored softmax of ``logits`` along ``dim``."""
-    cells = logits.shape[dim]
-    widths = (1 - MIN_STRETCH) * logits.softmax(dim) + MIN_STRETCH / cells
-    return 2 * (widths.cumsum(dim) - widths / 2) - 1
-
-
-def _sample_views(textures: Tensor, grid: Tensor) -> Tensor:
-    # The grid is a frame's own: its views are sampled together, as channels.
-    flat = textures.flatten(1, 2)
-    sampled = F.grid_sample(flat, grid.to(flat.dtype), padding_mode="border", align_corners=False)
-    return sampled.view_as(textures)

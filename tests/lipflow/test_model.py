@@ -13,8 +13,9 @@ from lipflow.losses import training_loss
 from lipflow.model.avatar import Avatar
 from lipflow.model.blocks import NormConv, NormConvTransposed, NormLinear, UpConv
 from lipflow.model.color import ColorCorrection, solve_gain_bias
-from lipflow.model.decoder import MIN_STRETCH, Decoder, integrate_increments
+from lipflow.model.decoder import Decoder
 from lipflow.model.encoder import Encoder
+from lipflow.model.warp import MIN_STRETCH, integrate_increments
 from lipflow.types import DrivingSignals
 
 SWITCHES = [
@@ -22,6 +23,11 @@ SWITCHES = [
     for bias, warp, residual, upsample, method in itertools.product(
         (True, False), (True, False), (True, False), ("transposed", "bilinear"), ("dam", "conditional", "lipflow")
     )
+]
+SWITCHES += [
+    {"upsample": "nearest", "method": "dam"},
+    {"warp_field": True, "warp_kind": "offset", "method": "dam"},
+    {"warp_field": True, "warp_kind": "offset", "color_correction": "deviation", "residual": True},
 ]
 
 
@@ -158,7 +164,7 @@ def test_warp_is_monotone_for_random_weights(make_avatar, seed):
     with torch.no_grad():
         for parameter in avatar.decoder.warp.parameters():
             parameter.copy_(3 * torch.randn(parameter.shape, generator=generator))
-    grid = avatar.decoder.warp(torch.randn(4, 12, generator=generator))
+    grid = avatar.decoder.warp.grid(torch.randn(4, 12, generator=generator))
     assert grid.shape == (4, 32, 32, 2)
     assert (grid[:, :, 1:, 0] > grid[:, :, :-1, 0]).all()
     assert (grid[:, 1:, :, 1] > grid[:, :-1, :, 1]).all()
