@@ -20,7 +20,7 @@ import ray.train
 import ray.train.torch
 import torch
 from pyarrow.fs import LocalFileSystem
-from pydantic import Field
+from pydantic import Field, model_validator
 from ray.train import Checkpoint
 from torch import nn
 
@@ -81,6 +81,15 @@ class TrainRecipe(StrictConfig):
     max_failures: int = Field(2, ge=0)
     register_as: str | None = "lipflow"
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainRecipe:
+        if self.avatar.method == "dam" and (self.loss.latent_estimate != "kl" or self.loss.reverse_weight > 0):
+            raise ValueError(
+                "avatar.method is dam, whose prior is N(0, I): loss.latent_estimate and loss.reverse_weight need a"
+                " driven prior; leave them out, or set avatar.method=conditional or lipflow"
+            )
+        return self
 
 
 class Objective(nn.Module):
@@ -225,7 +234,8 @@ def train_worker(settings: dict[str, Any]) -> None:
             if run is not None and (step % recipe.log_every_steps == 0 or step == recipe.steps):
                 elapsed_s = time.perf_counter() - began
                 views = world_size * batch.images.shape[0] * batch.images.shape[1] * recipe.log_every_steps
-                metrics = {f"train/{name}": value.item() for name, value in losses.terms.items()}
+                reported = losses.terms | losses.diagnostics
+                metrics = {f"train/{name}": value.item() for name, value in reported.items()}
                 metrics |= {
                     "train/total": losses.total.item(),
                     "train/gradient_norm": norm.item(),

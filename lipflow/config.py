@@ -50,7 +50,9 @@ class AvatarConfig(StrictConfig):
         driver_channels: widths of their convolutions, coarsest first.
         driver_hidden_size: width of the driving encoders' features.
         driver_dropout: probability with which a headset view or a landmark is hidden in training.
-        flow_steps: affine coupling steps of f.
+        flow_steps: coupling steps of f.
+        flow_transform: of each coupling, ``affine``, or a rational-quadratic ``spline`` on [-5, 5].
+        flow_bins: of each spline.
         flow_hidden_size: width of the coupling networks.
         init_seed: seed of the initial weights and of the coupling masks.
     """
@@ -77,6 +79,8 @@ class AvatarConfig(StrictConfig):
     driver_hidden_size: int = Field(256, ge=1)
     driver_dropout: float = Field(0.1, ge=0, lt=1)
     flow_steps: int = Field(4, ge=2)
+    flow_transform: Literal["affine", "spline"] = "affine"
+    flow_bins: int = Field(8, ge=2)
     flow_hidden_size: int = Field(64, ge=1)
     init_seed: int = Field(0, ge=0)
 
@@ -127,17 +131,25 @@ class LossConfig(StrictConfig):
         average_texture_weight: of the term that draws the mean of a frame's decoded views to its average texture.
             Not in the papers; it reaches every texel at every step.
         latent_weight: of KL(Q || N(0, I)) for ``dam``, of the estimate of KL(Q || P(. | h)) otherwise.
+        latent_estimate: ``kl`` with Q's analytic entropy, or ``likelihood``, -log p(z | h) alone, which does not keep
+            Q from shrinking; no choice for ``dam``.
         prior_weight: of the reconstruction from z = f^-1(y), y ~ P(. | h); no such term for ``dam``.
+        reverse_weight: of the reverse term, -log q(z | x) at those z; no such term for ``dam``.
         prior_signals_per_step: how many of the present signals, drawn at random, are decoded for that term in a
             step; an unbiased estimate of the mean over all of them.
+        min_posterior_std: mean standard deviation of Q below which training stops: its samples then say nothing
+            about their neighbourhood any more. 0 lets it go on.
     """
 
     image_weight: float = Field(1.0, ge=0)
     geometry_weight: float = Field(1.0, ge=0)
     average_texture_weight: float = Field(0.0, ge=0)
     latent_weight: float = Field(0.01, ge=0)
+    latent_estimate: Literal["kl", "likelihood"] = "kl"
     prior_weight: float = Field(1.0, ge=0)
+    reverse_weight: float = Field(0.0, ge=0)
     prior_signals_per_step: int = Field(1, ge=1, le=len(DRIVING_SIGNALS))
+    min_posterior_std: float = Field(1e-3, ge=0)
 
 
 class FitConfig(StrictConfig):

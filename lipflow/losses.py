@@ -12,17 +12,28 @@ average_texture
     correction) and its average texture, mean over frames, channels and the texels weighted by the weight mask.
 latent
     ``dam``: KL(Q || N(0, I)). Otherwise a single-sample estimate of KL(Q || P(. | h)) with Q's analytic entropy,
-    E_Q[log q] - log p(z | h), mean over the frames that show the signal and over the present signals. Both are
-    divided by D: they are means over latent dimensions. A batch without any signal takes P = N(0, I) in y.
+    E_Q[log q] - log p(z | h), or its second part alone (``latent_estimate: likelihood``), mean over the frames that
+    show the signal and over the present signals. All are divided by D: they are means over latent dimensions. A batch
+    without any signal takes P = N(0, I) in y.
 prior_image, prior_geometry
     As image and geometry, decoded from z = f^-1(y), y ~ P(. | h), over the frames that show the signal; mean over
     the signals drawn in this step.
+reverse
+    -log q(z | x) / D at the same z, mean over frames and drawn signals as they.
+
+Diagnostics are no part of the loss
+-----------------------------------
+posterior_std
+    Mean of Q's standard deviation over frames and dimensions.
+prior_residual_rms_SIGNAL
+    Root mean square, over the frames that show the signal and over dimensions, of (f(z) - mu_p) / sigma_p, z ~ Q: 1 for
+    a calibrated prior, more for an over-confident one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +52,10 @@ class NonFiniteLossError(LipflowError):
     """A loss term is infinite or not a number; the message names the terms and the frames."""
 
 
+class PosteriorCollapseError(LipflowError):
+    """Q(z | x) has shrunk to points, so that latents between frames mean nothing any more."""
+
+
 @dataclass
 class LossTerms:
     """One step's loss.
@@ -49,10 +64,12 @@ class LossTerms:
         total: the weighted sum, a scalar with gradients.
         terms: the terms before weighting, detached scalars; the names of the module's docstring, and
             ``latent_SIGNAL`` for each present signal.
+        diagnostics: detached scalars; the names of the module's docstring.
     """
 
     total: Tensor
     terms: dict[str, Tensor]
+    diagnostics: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -77,14 +94,22 @@ def training_loss(
 
     Raises:
         NonFiniteLossError: a term is not finite.
+        PosteriorCollapseError: Q's mean standard deviation is below ``config.min_posterior_std``.
     """
     posterior = avatar.encode(batch.vertices, batch.average_texture)
+    posterior_std = posterior.log_std.detach().exp().mean()
+    if posterior_std < config.min_posterior_std:
+        raise PosteriorCollapseError(
+            f"the encoder's mean standard deviation is {posterior_std:.2g}, expected at least "
+            f"{config.min_posterior_std:g} (min_posterior_std): raise latent_weight, or take latent_estimate kl"
+        )
     z = posterior.sample(generator)
     driven = _drive(avatar, batch, generator)
-    per_frame: dict[str, Tensor] = _latent_terms(avatar, posterior, z, driven)
+    per_frame, diagnostics = _latent_terms(avatar, posterior, z, driven, config)
+    diagnostics["posterior_std"] = posterior_std
 
     drawn: list[str] = []
-    if config.prior_weight > 0 and driven:
+    if (config.prior_weight > 0 or config.reverse_weight > 0) and driven:
         names = list(driven)
         order = torch.randperm(len(names), generator=generator, device=generator.device).tolist()
         drawn = [names[index] for index in order[: config.prior_signals_per_step]]
@@ -92,7 +117,10 @@ def training_loss(
     for name in drawn:
         latents.append(avatar.latent_from_driven(driven[name].prior.sample(generator)))
         weights.append(driven[name].present.to(z.dtype))
-    per_frame |= _reconstruction_terms(avatar, renderer, batch, latents, weights, config)
+    if config.reverse_weight > 0 and drawn:
+        per_frame["reverse"] = _reverse_term(posterior, latents[1:], weights[1:])
+    decoded = len(latents) if config.prior_weight > 0 else 1
+    per_frame |= _reconstruction_terms(avatar, renderer, batch, latents[:decoded], weights[:decoded], config)
 
     factors = {
         "image": config.image_weight,
@@ -101,11 +129,12 @@ def training_loss(
         "latent": config.latent_weight,
         "prior_image": config.prior_weight * config.image_weight,
         "prior_geometry": config.prior_weight * config.geometry_weight,
+        "reverse": config.reverse_weight,
     }
     total = torch.stack([factors[name] * per_frame[name].sum() for name in factors if name in per_frame]).sum()
     if not torch.isfinite(total):
         raise NonFiniteLossError(_describe(per_frame, batch.frame_ids))
-    return LossTerms(total, {name: values.detach().sum() for name, values in per_frame.items()})
+    return LossTerms(total, {name: values.detach().sum() for name, values in per_frame.items()}, diagnostics)
 
 
 def reconstruction_loss(
@@ -135,23 +164,34 @@ def _drive(avatar: Avatar, batch: FrameBatch, generator: torch.Generator) -> dic
 
 
 def _latent_terms(
-    avatar: Avatar, posterior: DiagonalGaussian, z: Tensor, driven: dict[str, _Driven]
-) -> dict[str, Tensor]:
-    """Frame by frame, such that the sum over frames is the term."""
+    avatar: Avatar, posterior: DiagonalGaussian, z: Tensor, driven: dict[str, _Driven], config: LossConfig
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Frame by frame, such that the sum over frames is the term; and the diagnostics of the priors."""
     frames, dimensions = z.shape
     if avatar.config.method == "dam":
-        return {"latent": posterior.kl_to_standard() / (dimensions * frames)}
+        return {"latent": posterior.kl_to_standard() / (dimensions * frames)}, {}
     y, log_det = avatar.driven_from_latent(z)
-    without_prior = -posterior.entropy() - log_det
+    without_prior = -log_det if config.latent_estimate == "likelihood" else -posterior.entropy() - log_det
     if not driven:
         divergence = without_prior - DiagonalGaussian.standard(y).log_prob(y)
-        return {"latent": divergence / (dimensions * frames)}
-    terms = {}
+        return {"latent": divergence / (dimensions * frames)}, {}
+    terms, diagnostics = {}, {}
     for name, signal in driven.items():
         divergence = (without_prior - signal.prior.log_prob(y)) / dimensions
-        weight = signal.present.to(z.dtype)
-        terms[f"latent_{name}"] = torch.where(signal.present, divergence, 0.0) / weight.sum().clamp(min=1)
-    return {"latent": torch.stack(list(terms.values())).mean(0)} | {k: v.detach() for k, v in terms.items()}
+        shown = signal.present.sum().clamp(min=1)
+        terms[f"latent_{name}"] = torch.where(signal.present, divergence, 0.0) / shown
+        square = signal.prior.whiten(y).detach().square().mean(-1)
+        diagnostics[f"prior_residual_rms_{name}"] = (torch.where(signal.present, square, 0.0).sum() / shown).sqrt()
+    latent = torch.stack(list(terms.values())).mean(0)
+    return {"latent": latent} | {name: values.detach() for name, values in terms.items()}, diagnostics
+
+
+def _reverse_term(posterior: DiagonalGaussian, latents: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    terms = [
+        torch.where(weight > 0, -posterior.log_prob(z) / z.shape[-1], 0.0) / weight.sum().clamp(min=1)
+        for z, weight in zip(latents, weights, strict=True)
+    ]
+    return torch.stack(terms).mean(0)
 
 
 def _reconstruction_terms(

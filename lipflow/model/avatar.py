@@ -77,7 +77,13 @@ class Avatar(nn.Module):
             pivot = self.texture_mean if config.color_correction == "deviation" else None
             self.color = ColorCorrection(context.camera_ids, context.train_camera_ids, self.texture_std, pivot)
             self.flow = (
-                LatentFlow(config.latent_size, config.flow_steps, config.flow_hidden_size)
+                LatentFlow(
+                    config.latent_size,
+                    config.flow_steps,
+                    config.flow_hidden_size,
+                    config.flow_transform,
+                    config.flow_bins,
+                )
                 if config.method == "lipflow"
                 else IdentityFlow()
             )

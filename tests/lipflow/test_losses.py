@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lipflow.config import LossConfig
-from lipflow.losses import NonFiniteLossError, reconstruction_loss, training_loss
+from lipflow.losses import NonFiniteLossError, PosteriorCollapseError, reconstruction_loss, training_loss
 from lipflow.model.gaussian import DiagonalGaussian
 from lipflow.types import DrivingSignals
 
@@ -58,6 +58,58 @@ def test_driven_terms_are_their_formulas(make_avatar, renderer, batch, method):
     total = terms["image"] + terms["geometry"] + 0.1 * terms["latent"]
     total = total + 0.5 * (terms["prior_image"] + terms["prior_geometry"])
     torch.testing.assert_close(loss.total.detach(), total)
+
+
+def test_likelihood_leaves_the_entropy_out(make_avatar, renderer, batch):
+    avatar = make_avatar()
+    kl, likelihood = (
+        training_loss(avatar, renderer, batch, LossConfig(latent_estimate=estimate), seeded()).terms["latent"]
+        for estimate in ("kl", "likelihood")
+    )
+    entropy = avatar.encode(batch.vertices, batch.average_texture).entropy().mean() / 6
+    torch.testing.assert_close(likelihood - kl, entropy.detach())
+
+
+def test_reverse_term_is_the_density_of_prior_samples_under_the_posterior(make_avatar, renderer, batch):
+    avatar = make_avatar(signals=("keypoints",), driver_dropout=0.0)
+    config = LossConfig(reverse_weight=0.3, prior_weight=0.0)
+    loss = training_loss(avatar, renderer, batch, config, seeded())
+    generator = seeded()
+    posterior = avatar.encode(batch.vertices, batch.average_texture)
+    posterior.sample(generator)
+    torch.randperm(1, generator=generator)
+    z = avatar.latent_from_driven(avatar.prior("keypoints", batch.driving).sample(generator))
+    q = torch.distributions.Normal(posterior.mean, posterior.log_std.exp())
+    torch.testing.assert_close(loss.terms["reverse"], -q.log_prob(z).mean().detach())
+    assert "prior_image" not in loss.terms
+    terms = loss.terms
+    total = terms["image"] + terms["geometry"] + 0.01 * terms["latent"] + 0.3 * terms["reverse"]
+    torch.testing.assert_close(loss.total.detach(), total)
+
+
+def test_diagnostics_are_their_formulas_over_the_frames_that_show_the_signal(make_avatar, renderer, batch):
+    avatar = make_avatar(driver_dropout=0.0)
+    batch.driving.keypoints[0, :, 2] = 0
+    loss = training_loss(avatar, renderer, batch, LossConfig(), seeded())
+    posterior = avatar.encode(batch.vertices, batch.average_texture)
+    torch.testing.assert_close(loss.diagnostics["posterior_std"], posterior.log_std.exp().mean().detach())
+    y = avatar.flow(posterior.sample(seeded()))[0]
+    prior = avatar.prior("keypoints", batch.driving)
+    residuals = ((y - prior.mean) / prior.log_std.exp())[1:]
+    torch.testing.assert_close(
+        loss.diagnostics["prior_residual_rms_keypoints"], residuals.square().mean().sqrt().detach()
+    )
+    assert set(loss.diagnostics) == {"posterior_std", *(f"prior_residual_rms_{name}" for name in avatar.signals)}
+
+
+def test_a_posterior_that_shrank_to_points_stops_training(make_avatar, renderer, batch):
+    avatar = make_avatar(log_std_scale=1.0)
+    with torch.no_grad():
+        avatar.encoder.head.bias[6:] = -8.0
+        avatar.encoder.head.gain[6:] = 0.0
+    with pytest.raises(PosteriorCollapseError, match=r"standard deviation is 0\.00034, expected at least 0\.001"):
+        training_loss(avatar, renderer, batch, LossConfig(), seeded())
+    training_loss(avatar, renderer, batch, LossConfig(min_posterior_std=0), seeded())
 
 
 def test_latent_estimate_is_unbiased_for_the_closed_form_kl(make_avatar):

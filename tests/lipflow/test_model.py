@@ -26,6 +26,7 @@ SWITCHES = [
 ]
 SWITCHES += [
     {"upsample": "nearest", "method": "dam"},
+    {"flow_transform": "spline", "flow_bins": 4},
     {"warp_field": True, "warp_kind": "offset", "method": "dam"},
     {"warp_field": True, "warp_kind": "offset", "color_correction": "deviation", "residual": True},
 ]
