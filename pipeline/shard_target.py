@@ -29,7 +29,8 @@ from pydantic import ValidationError
 from lipflow.config import StrictConfig
 from lipflow.errors import ConfigError, ShardSetError, StorageError
 from pipeline import storage
-from pipeline.manifest import Manifest, ShardRecord
+from pipeline.manifest import Manifest, ShardRecord, ShardSetVersionError
+from pipeline.sealing import ChecksumError, unseal
 
 STALE_PARTIAL_S = 3600.0
 """A local file of an unfinished shard that was not written to for so long has lost its writer."""
@@ -55,8 +56,9 @@ def sidecar_uri(out_uri: str, shard_name: str) -> str:
 def read_sidecar(out_uri: str, shard_name: str) -> ShardSidecar | None:
     """The sidecar of a shard; None if there is none that can be used."""
     try:
-        return ShardSidecar.model_validate_json(storage.read_bytes(sidecar_uri(out_uri, shard_name)))
-    except (storage.ObjectNotFoundError, ValidationError):
+        uri = sidecar_uri(out_uri, shard_name)
+        return ShardSidecar.model_validate_json(unseal(storage.read_bytes(uri), uri))
+    except (storage.ObjectNotFoundError, ChecksumError, ValidationError):
         return None
 
 
@@ -124,7 +126,11 @@ def check_target(out_uri: str, fingerprint: str, shard_names: Collection[str]) -
         if sidecar is not None and sidecar.fingerprint != fingerprint:
             raise foreign_plan_error(out_uri, name)
     with contextlib.suppress(ShardSetError):
-        if Manifest.load(out_uri).fingerprint != fingerprint:
+        try:
+            manifest = Manifest.load(out_uri)
+        except ShardSetVersionError as error:
+            raise ConfigError(f"{error}; {_REMEDY}") from error
+        if manifest.fingerprint != fingerprint:
             raise foreign_plan_error(out_uri, "the shard set")
 
 

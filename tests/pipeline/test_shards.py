@@ -66,7 +66,9 @@ def test_member_offsets_are_exact(manifest: Manifest, shards_folder: Path):
     for shard in manifest.shards:
         with tarfile.open(shards_folder / shard.name) as tar:
             members = {member.name: member for member in tar}
-            promised = {f"{s.frame_id}.{suffix}": place for s in shard.samples for suffix, place in s.members.items()}
+            promised = {
+                f"{s.frame_id}.{suffix}": place[:2] for s in shard.samples for suffix, place in s.members.items()
+            }
             assert set(members) == set(promised)
             for name, (offset, size) in promised.items():
                 stream = tar.extractfile(members[name])
@@ -96,7 +98,7 @@ def test_png_images_are_stored_as_they_were_captured(dome: Capture, manifest: Ma
     for shard in manifest.shards:
         for sample in shard.samples:
             segment, _, frame = sample.frame_id.partition("/")
-            offset, size = sample.members["avgtex.png"]
+            offset, size, _ = sample.members["avgtex.png"]
             stored = storage.read_range(shards_folder / shard.name, offset, size)
             assert stored == dome.frame(segment, frame).average_texture_file()
             for camera in dome.cameras:
@@ -104,7 +106,7 @@ def test_png_images_are_stored_as_they_were_captured(dome: Capture, manifest: Ma
                 suffix = f"{camera.camera_id}.image.png"
                 assert (captured is None) == (suffix not in sample.members)
                 if captured is not None:
-                    offset, size = sample.members[suffix]
+                    offset, size, _ = sample.members[suffix]
                     assert storage.read_range(shards_folder / shard.name, offset, size) == captured
 
 
@@ -284,7 +286,7 @@ def test_shards_have_the_target_size(dome: Capture, tmp_path: Path):
     whole = [shard for shard in manifest.shards if len(shard.samples) == 3]
     assert whole
     for shard in whole:
-        members = sum(512 + -(-size // 512) * 512 for sample in shard.samples for _, size in sample.members.values())
+        members = sum(512 + -(-size // 512) * 512 for sample in shard.samples for _, size, _ in sample.members.values())
         assert 0.85 < members / (3 * cost.size_bytes) < 1.15
         assert members < shard.size_bytes <= members + 1024 + 10240
     # The number that was chosen, given by hand, is the same plan.
@@ -358,7 +360,7 @@ def test_images_and_textures_are_resized_with_their_cameras(dome: Capture, tmp_p
         np.testing.assert_allclose(record.intrinsics, scale @ camera.intrinsics, rtol=1e-12)
     extension = {"webp": "webp", "jpeg": "jpg"}[codec]
     shard = manifest.shards[0]
-    for suffix, (offset, size) in shard.samples[0].members.items():
+    for suffix, (offset, size, _) in shard.samples[0].members.items():
         body = storage.read_range(tmp_path / shard.name, offset, size)
         if suffix.endswith(f".image.{extension}"):
             assert Image.open(io.BytesIO(body)).size == (12, 24)
@@ -417,13 +419,13 @@ def test_a_missing_average_texture_is_unwrapped_from_the_training_cameras(own_do
     manifest = write_shards(open_capture(own_dome_folder), ShardConfig(), str(tmp_path / "out"))
     for shard in manifest.shards:
         for sample in shard.samples:
-            offset, size = sample.members["frame.json"]
+            offset, size, _ = sample.members["frame.json"]
             facts = json.loads(storage.read_range(tmp_path / "out" / shard.name, offset, size))
             made = sample.frame_id == "SEN_a_good_morrow/000001"
             assert facts["average_texture"] == ("unwrapped" if made else "capture")
             if made:
                 assert 0.4 < facts["texture_seen_fraction"] <= 1
-                offset, size = sample.members["avgtex.png"]
+                offset, size, _ = sample.members["avgtex.png"]
                 body = storage.read_range(tmp_path / "out" / shard.name, offset, size)
                 stored = np.asarray(Image.open(io.BytesIO(body))).astype(int)
                 assert np.median(np.abs(stored - original)) < 12
@@ -460,7 +462,7 @@ def test_images_of_a_lens_are_undistorted(dome_folder: Path, manifest: Manifest,
     segment, _, stem = sample.frame_id.partition("/")
     for camera in capture.cameras[:2]:
         body = capture.frame(segment, stem).image_file(camera.camera_id)
-        offset, size = sample.members[f"{camera.camera_id}.image.png"]
+        offset, size, _ = sample.members[f"{camera.camera_id}.image.png"]
         stored = np.asarray(Image.open(io.BytesIO(storage.read_range(tmp_path / shard.name, offset, size))))
         captured = np.asarray(Image.open(io.BytesIO(body)))
         np.testing.assert_array_equal(stored, Undistorter(camera).apply(captured))
