@@ -157,6 +157,8 @@ class Manifest(StrictConfig):
         ):
             if len(set(ids)) < len(ids):
                 raise ValueError(f"{name}: {Counter(ids).most_common(1)[0][0]!r} stands there twice")
+        if not self.train_camera_ids:
+            raise ValueError("train_camera_ids: no camera is for training")
         frontal = () if self.frontal_camera_id is None else (self.frontal_camera_id,)
         missing = {camera_id for _, sample in samples for camera_id in sample.missing_views}
         unknown = {*self.train_camera_ids, *self.test_camera_ids, *frontal, *missing} - set(cameras)

@@ -94,6 +94,15 @@ def claimed(out_uri: str, fingerprint: str, shard_names: Collection[str]) -> Ite
         with contextlib.suppress(StorageError):
             storage.delete(claim)
         raise
+    remove_leftovers(out_uri, fingerprint)
+
+
+def remove_leftovers(out_uri: str, fingerprint: str) -> None:
+    """Remove what killed jobs of a complete set's plan have left: their claims, and files that lost their writer.
+
+    Raises:
+        StorageError: something is there that cannot be removed.
+    """
     for name in _names_in(out_uri):
         found = _CLAIM.match(name)
         if found is not None and found[1] == fingerprint:
