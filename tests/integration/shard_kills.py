@@ -7,14 +7,13 @@ tells the stage of a job without asking it.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import random
 import re
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -31,7 +30,8 @@ _LOOK_EVERY_S = 0.0005
 _CLAIM = re.compile(r"\.job-[0-9a-f]{64}-[0-9a-f]{32}\.json")
 _SHARD_FILE = re.compile(r"(train|val|test)-\d{6}\.(tar|json)")
 UNFINISHED = re.compile(r"\..+\.[0-9a-f]{32}\.partial|\.rclone_temp_multipart_.+")
-"""A shard that is being written: on a disk, and in the folder of an S3 server, which shows it to nobody."""
+"""A file that is being written: on a disk, and in the folder of an S3 server, which shows it to nobody."""
+_UNFINISHED_SHARD = re.compile(r"\.(train|val|test)-\d{6}\.tar\.[0-9a-f]{32}\.partial|\.rclone_temp_multipart_.+")
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Target:
         found = [name for name in names if _SHARD_FILE.fullmatch(name)]
         if len(found) == 2 * shards:
             return "statistics"
-        if found or any(UNFINISHED.fullmatch(name) for name in names):
+        if found or any(_UNFINISHED_SHARD.fullmatch(name) for name in names):
             return "writing"
         return "claimed" if any(_CLAIM.fullmatch(name) for name in names) else "planning"
 
@@ -65,18 +65,23 @@ class Target:
         """Of shards that are being written."""
         total = 0
         for name in self.names():
-            if UNFINISHED.fullmatch(name):
+            if _UNFINISHED_SHARD.fullmatch(name):
                 path = self.folder / name
                 with contextlib.suppress(FileNotFoundError):
                     total += sum(part.stat().st_size for part in ([path] if path.is_file() else path.iterdir()))
         return total
 
-    def wait_for(self, stage: Stage, shards: int, process: psutil.Process) -> float:
-        """Wait until a job has come to ``stage``, or has ended; the time."""
+    def finished_shards(self) -> int:
+        """How many there are."""
+        return sum(name.endswith(".tar") for name in self.names())
+
+    def wait_for(self, stage: Stage, finished_shards: int, shards: int, is_alive: Callable[[], bool]) -> None:
+        """Wait until a job has come to ``stage`` and has finished so many of its shards, or has ended."""
         wanted = STAGES.index(stage)
-        while STAGES.index(self.stage(shards)) < wanted and process.is_running() and process.status() != "zombie":
+        while STAGES.index(self.stage(shards)) < wanted or self.finished_shards() < finished_shards:
+            if not is_alive():
+                return
             time.sleep(_LOOK_EVERY_S)
-        return time.monotonic()
 
 
 def digests(uri: str) -> dict[str, str]:
@@ -105,7 +110,8 @@ class WorkerKill(threading.Thread):
     Args:
         ray_pid: the process above all of Ray's.
         target: of the job.
-        delay_s: after the first worker was seen at work.
+        finished_shards: after so many.
+        delay_s: after that, once a worker is seen at work.
         generator: chooses among the workers at work.
 
     Attributes:
@@ -113,12 +119,12 @@ class WorkerKill(threading.Thread):
         held_a_file: whether the victim itself had an unfinished file open; None on S3.
     """
 
-    def __init__(self, ray_pid: int, target: Target, delay_s: float, generator: random.Random):
+    def __init__(self, ray_pid: int, target: Target, finished_shards: int, delay_s: float, generator: random.Random):
         super().__init__(daemon=True)
         self.written_bytes: int | None = None
         self.held_a_file: bool | None = None
         self._ray, self._target = psutil.Process(ray_pid), target
-        self._delay_s, self._generator = delay_s, generator
+        self._finished_shards, self._delay_s, self._generator = finished_shards, delay_s, generator
         self._ended = threading.Event()
 
     def run(self) -> None:
@@ -126,7 +132,7 @@ class WorkerKill(threading.Thread):
         due_s = None
         while not self._ended.wait(0.01):
             busy = [process for process in self._ray.children(recursive=True) if runs_shard_task(process)]
-            if busy and due_s is None:
+            if busy and due_s is None and self._target.finished_shards() >= self._finished_shards:
                 due_s = time.monotonic() + self._delay_s
             if busy and due_s is not None and time.monotonic() >= due_s and self._kill(self._generator.choice(busy)):
                 return
@@ -136,7 +142,9 @@ class WorkerKill(threading.Thread):
             if not runs_shard_task(victim):
                 return True
             if storage.is_local(self._target.uri):
-                self.held_a_file = any(UNFINISHED.fullmatch(Path(file.path).name) for file in victim.open_files())
+                self.held_a_file = any(
+                    _UNFINISHED_SHARD.fullmatch(Path(file.path).name) for file in victim.open_files()
+                )
             self.written_bytes = self._target.unfinished_bytes()
             return True
         return False
@@ -153,8 +161,3 @@ def runs_shard_task(process: psutil.Process) -> bool:
         return (process.cmdline() or [""])[0].startswith("ray::_finish_shard")
     except (psutil.NoSuchProcess, psutil.ZombieProcess):
         return False
-
-
-def digest_of(body: bytes) -> str:
-    """SHA-256, as :func:`digests`."""
-    return hashlib.sha256(body).hexdigest()

@@ -6,9 +6,11 @@ are drawn over all of its stages; two thirds on a disk and a third on S3, where 
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import random
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -43,8 +45,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning"),
 ]
 
-# A shard is 18 MB, more than a part of an upload, and takes 0.7 s of a core.
-CONFIG = ShardConfig(frames_per_shard=3, codec="planar")
+# A frame is 6 MB and takes 0.24 s of a core. On S3, a shard is an upload of three parts.
+CONFIGS = {name: ShardConfig(frames_per_shard=count, codec="planar") for name, count in (("disk", 3), ("s3", 6))}
+SHARDS = {"disk": 8, "s3": 4}
 DOME = DomeConfig(
     cameras=12, image_size_hw=(768, 512), texture_size=256, segments=4, frames_per_segment=2, supersampling=1
 )
@@ -76,7 +79,7 @@ class Undisturbed:
         recipe: of the job.
         digests: of all files of the set.
         shards: their number.
-        stage_starts_s: when the job came to each stage, after it was started in a warm process.
+        stage_starts_s: when the job came to each stage, after its driver was started in a warm process.
         seconds: until its end.
     """
 
@@ -92,6 +95,12 @@ class Undisturbed:
         later = STAGES[STAGES.index(stage) + 1 :]
         end_s = min((self.stage_starts_s[name] for name in later if name in self.stage_starts_s), default=self.seconds)
         return end_s - self.stage_starts_s[stage]
+
+    def moment(self, stage: Stage, generator: random.Random) -> tuple[int, float]:
+        """A random one within a stage: after how many finished shards, and how much later."""
+        if stage != "writing":
+            return 0, generator.uniform(0, 0.9 * self.window_s(stage))
+        return generator.randrange(self.shards), generator.uniform(0, self.window_s(stage) / self.shards)
 
 
 Start = Callable[[str, str, ShardRecipe], multiprocessing.process.BaseProcess]
@@ -117,29 +126,32 @@ def start(ray_head) -> Start:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, start: Start, shards) -> Undisturbed:
-    root = tmp_path_factory.mktemp("undisturbed")
-    write_dome(DOME, str(root / "capture"))
-    _lengthen(root / "capture")
-    capture = storage.normalize_uri(root / "capture")
-    recipe = ShardRecipe(shard=CONFIG, tracking=TrackingConfig(uri=shards.tracking.uri, experiment="killed"))
+def capture(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("capture")
+    write_dome(DOME, str(folder))
+    _lengthen(folder)
+    return storage.normalize_uri(folder)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(new_target, where: str, capture: str, start: Start, shards) -> Undisturbed:
+    recipe = ShardRecipe(shard=CONFIGS[where], tracking=TrackingConfig(uri=shards.tracking.uri, experiment="killed"))
     starts_s: dict[Stage, float] = {}
     seconds = 0.0
     for name in ("warm-up", "set"):
-        target = Target(str(root / name), root / name)
+        target = new_target(name)
         process = start(capture, target.uri, recipe)
         begun_s = time.monotonic()
         starts_s = {"planning": 0.0}
         while process.is_alive():
-            starts_s.setdefault(target.stage(8), time.monotonic() - begun_s)
+            starts_s.setdefault(target.stage(SHARDS[where]), time.monotonic() - begun_s)
             time.sleep(0.0005)
         seconds = time.monotonic() - begun_s
         assert process.exitcode == 0
     found = digests(target.uri)
-    count = sum(name.endswith(".tar") for name in found)
-    assert count == 8
+    assert target.finished_shards() == SHARDS[where]
     assert all(path.stat().st_size > 17e6 for path in target.folder.glob("*.tar"))
-    return Undisturbed(capture, recipe, found, count, starts_s, seconds)
+    return Undisturbed(capture, recipe, found, SHARDS[where], starts_s, seconds)
 
 
 def _lengthen(capture: Path) -> None:
@@ -220,8 +232,8 @@ def test_jobs_whose_workers_are_killed_end_in_the_undisturbed_set(
     tell(f"{where}: undisturbed {undisturbed.seconds:.1f} s, writing {undisturbed.window_s('writing'):.1f} s")
     while tally.kills < WORKER_KILLS[where]:
         target = new_target(f"worker-{tally.runs_again}")
-        delay_s = generator.uniform(0, 0.9 * undisturbed.window_s("writing"))
-        kill = WorkerKill(ray_session.pid, target, delay_s, generator)
+        finished, delay_s = undisturbed.moment("writing", generator)
+        kill = WorkerKill(ray_session.pid, target, finished, delay_s, generator)
         kill.start()
         try:
             summary = run_again(target, undisturbed)
@@ -238,7 +250,7 @@ def test_jobs_whose_workers_are_killed_end_in_the_undisturbed_set(
         assert_cleaned_up_in_the_end(target, undisturbed)
         tally.identical += 1
         held = {None: "", True: ", its own among them", False: ", not its own"}[kill.held_a_file]
-        tell(f"worker {tally.kills}: after {delay_s:.2f} s, {kill.written_bytes / 1e6:.1f} MB unfinished{held}")
+        tell(f"worker {tally.kills}: {finished} shards finished, {kill.written_bytes / 1e6:.1f} MB unfinished{held}")
         storage.delete_dir(target.uri)
     tell(f"{where}, workers: {tally}")
     assert tally.identical == WORKER_KILLS[where]
@@ -250,17 +262,22 @@ def test_killed_drivers_leave_what_the_next_run_completes(
 ):
     generator, tally = random.Random(f"{SEED} driver {where}"), Tally()
     wanted = [stage for stage, count in DRIVER_KILLS[where].items() for _ in range(count)]
-    for point, stage in enumerate(wanted):
-        target = new_target(f"driver-{point}")
+    started = 0
+    while tally.kills < len(wanted):
+        stage, target = wanted[tally.kills], new_target(f"driver-{started}")
+        finished, delay_s = undisturbed.moment(stage, generator)
+        started += 1
+        assert started < 2 * len(wanted), "most kills come too late"
         process = start(undisturbed.capture, target.uri, undisturbed.recipe)
-        at_work = psutil.Process(process.pid)
-        due_s = target.wait_for(stage, undisturbed.shards, at_work)
-        due_s += generator.uniform(0, 0.9 * undisturbed.window_s(stage))
-        time.sleep(max(0.0, due_s - time.monotonic()))
-        with suspended(at_work):
+        target.wait_for(stage, finished, undisturbed.shards, process.is_alive)
+        process.join(timeout=delay_s)
+        hit = unfinished = None
+        with contextlib.suppress(psutil.NoSuchProcess), suspended(psutil.Process(process.pid)):
             hit, unfinished = target.stage(undisturbed.shards), target.unfinished_bytes()
         process.join()
-        assert process.exitcode == -9
+        if hit is None or unfinished is None or process.exitcode == 0:
+            continue
+        assert process.exitcode == -signal.SIGKILL
         assert_nothing_half_done_is_visible(target, undisturbed)
         summary = run_again(target, undisturbed)
         tally.kills += 1

@@ -43,6 +43,7 @@ def test_the_digest_names_the_data_and_not_their_place(manifest: Manifest):
     [
         ({"format_version": 3}, "format version 3, expected 2; shard again, to another place"),
         ({"shards": 3}, "damaged at shards"),
+        ({"train_camera_ids": []}, "no camera is for training"),
         ({"surprise": 1}, "damaged at surprise"),
     ],
 )

@@ -7,7 +7,9 @@ import json
 import os
 import pickle
 import random
+import re
 import tarfile
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from pipeline.captures.opening import open_capture
 from pipeline.manifest import Manifest
 from pipeline.samples import SampleEncoder
 from pipeline.shard_costs import probe_frames
-from pipeline.shard_target import claimed
+from pipeline.shard_target import claimed, read_sidecar
 from pipeline.shards import CorruptFilesError, ShardConfig, find_committed, plan_shards, write_shard, write_shards
 from pipeline.splits import SplitConfig
 from pipeline.stats import OrderedSums, merge
@@ -189,6 +191,19 @@ def test_a_damaged_shard_is_written_again(dome: Capture, own_shards_folder: Path
     assert _bytes_of(own_shards_folder) == _bytes_of(shards_folder)
 
 
+def test_a_sidecar_with_another_digit_in_it_is_not_trusted(dome: Capture, own_shards_folder: Path, shards_folder: Path):
+    """The shard's digest would pass; the place of a member would be wrong in the manifest that is made of it."""
+    path = own_shards_folder / "train-000000.json"
+    text = path.read_text()
+    offset = re.search(r'"avgtex\.png":\[(\d+),', text)
+    assert offset is not None
+    path.write_text(text[: offset.start(1)] + str(int(offset[1]) - 512) + text[offset.end(1) :])
+    (own_shards_folder / "manifest.json").unlink()
+    assert read_sidecar(str(own_shards_folder), "train-000000.tar") is None
+    write_shards(dome, CONFIG, str(own_shards_folder))
+    assert _bytes_of(own_shards_folder) == _bytes_of(shards_folder)
+
+
 def test_a_committed_set_is_recognised_by_plan_and_on_request_by_digest(dome: Capture, own_shards_folder: Path):
     uri = str(own_shards_folder)
     plan = plan_shards(dome, CONFIG)
@@ -252,6 +267,18 @@ def test_the_claim_of_a_dead_job_stops_other_plans_alone_and_ends_with_the_set(
     assert list(tmp_path.iterdir()) == [claim]
     write_shards(dome, CONFIG, str(tmp_path))
     assert _bytes_of(tmp_path) == _bytes_of(shards_folder)
+
+
+def test_a_run_on_a_complete_set_removes_what_jobs_that_were_killed_after_the_commit_have_left(
+    dome: Capture, own_shards_folder: Path, shards_folder: Path
+):
+    claim = own_shards_folder / f".job-{plan_shards(dome, CONFIG).fingerprint}-{'0' * 32}.json"
+    stale, fresh = (own_shards_folder / f".train-000000.tar.{n:032x}.partial" for n in (0, 1))
+    for path in (claim, stale, fresh):
+        path.write_bytes(b"{}")
+    os.utime(stale, (time.time() - 7200, time.time() - 7200))
+    write_shards(dome, CONFIG, str(own_shards_folder))
+    assert _bytes_of(own_shards_folder) == _bytes_of(shards_folder) | {fresh.name: b"{}"}
 
 
 def test_a_failed_job_leaves_no_claim(own_dome_folder: Path, tmp_path: Path):
