@@ -28,7 +28,7 @@ from pipeline.capture import Capture
 from pipeline.corrupt_files import CorruptFilesError, FaultLimit
 from pipeline.manifest import Manifest, ShardRecord, SkippedFile
 from pipeline.shard_costs import probe_frames
-from pipeline.shard_target import check_target, claimed, count_present
+from pipeline.shard_target import check_target, claimed, count_present, remove_leftovers
 from pipeline.shards import (
     FETCH_OR_SKIP,
     ShardConfig,
@@ -131,6 +131,7 @@ def shard(capture_uri: str, out_uri: str, recipe: ShardRecipe) -> ShardSummary:
     capture, plan, out_uri = _planned(capture_uri, out_uri, recipe)
     done = find_committed(out_uri, plan)
     if done is not None:
+        remove_leftovers(out_uri, plan.fingerprint)
         return _summary(out_uri, done, written=False, shards_kept=len(done.shards))
     names = [task.name for task in plan.shards]
     with claimed(out_uri, plan.fingerprint, names):

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from lipflow.errors import ShardSetError
-from pipeline import storage
 from pipeline.codecs import CodecError, decode_array, decode_image, decode_image_into
 from pipeline.manifest import Manifest, SampleRecord
 from pipeline.pixel_memory import PixelMemory
@@ -221,12 +220,8 @@ def _head_pose(sample: SampleRecord, read: MemberReader) -> np.ndarray:
     return pose
 
 
-def read_mesh_and_texture(shard_uri: str, sample: SampleRecord) -> tuple[np.ndarray, np.ndarray]:
-    """Texture ``(3, T, T)`` uint8, row 0 is v = 0, and vertices ``(V, 3)`` of a frame of a shard, by range requests."""
-
-    def read(offset: int, size: int) -> bytes:
-        return storage.read_range(shard_uri, offset, size)
-
+def decode_mesh_and_texture(sample: SampleRecord, read: MemberReader) -> tuple[np.ndarray, np.ndarray]:
+    """Texture ``(3, T, T)`` uint8, row 0 is v = 0, and vertices ``(V, 3)`` of a frame."""
     with _errors_named(sample, AVERAGE_TEXTURE) as name:
         texture = decode_image(_member(sample, read, AVERAGE_TEXTURE), name)
     return np.ascontiguousarray(texture[::-1].transpose(2, 0, 1)), _array_member(sample, read, VERTICES)
@@ -243,7 +238,8 @@ def _errors_named(sample: SampleRecord, suffix: str) -> Iterator[str]:
 def _member(sample: SampleRecord, read: MemberReader, suffix: str) -> bytes:
     if suffix not in sample.members:
         raise ShardSetError(f"{sample.frame_id}: the sample has no {suffix}; shard the capture again")
-    return read(*sample.members[suffix])
+    offset, size, _ = sample.members[suffix]
+    return read(offset, size)
 
 
 def _most_bytes(shape: tuple[int, int]) -> int:

@@ -212,7 +212,7 @@ class ShardLoader:
         used_views = min(groups * self._config.views_per_frame, len(views)) / len(views)
         wanted = 0.0
         for sample in shard.samples:
-            sizes = {suffix: size for suffix, (_, size) in sample.members.items()}
+            sizes = {suffix: size for suffix, (_, size, _) in sample.members.items()}
             wanted += used_views * sum(sizes.get(suffix, 0) for suffix in views)
             wanted += groups * sum(sizes.get(suffix, 0) for suffix in self._reader.suffixes([]))
         return wanted / shard.size_bytes

@@ -18,9 +18,10 @@ from lipflow.errors import ShardSetError
 from lipflow.types import Camera
 from pipeline import storage
 from pipeline.codecs import EXTENSION_OF_CODEC
+from pipeline.sealing import ChecksumError, seal, unseal
 from pipeline.splits import Split
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 _SAFE_NAME = re.compile(r"[^/\\.\x00-\x1f][^/\\\x00-\x1f]*")
 _FRAME_ID = re.compile(r"(?!\.{1,2}/)[^/\\\x00-\x1f]+/[^/\\.\x00-\x1f]+")
@@ -32,8 +33,14 @@ _OPTIONAL = frozenset({"keypoints.npy.zst"})
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 """Also the name of a shard's copy in a cache, so that nothing else may stand here."""
 Side = Annotated[int, Field(gt=0, le=_MAX_SIDE, description="pixels")]
+Place = tuple[int, int, int]
+"""Of a member: the offset of its bytes in the tar, their number, and their CRC-32, for those who read it alone."""
 Row3 = tuple[float, float, float]
 Row4 = tuple[float, float, float, float]
+
+
+class ShardSetVersionError(ShardSetError):
+    """A shard set that another version of this program has written, or will read."""
 
 
 class CameraRecord(StrictConfig):
@@ -71,12 +78,12 @@ class SampleRecord(StrictConfig):
 
     Attributes:
         frame_id: ``"SEGMENT/FRAME"``.
-        members: member suffix, such as ``"400029.image.png"``, to (offset of its bytes in the tar, size in bytes).
+        members: member suffix, such as ``"400029.image.png"``, to (offset, size in bytes, CRC-32).
         missing_views: cameras of the capture without an image of this frame.
     """
 
     frame_id: str
-    members: dict[str, tuple[int, int]]
+    members: dict[str, Place]
     missing_views: tuple[str, ...] = ()
 
 
@@ -95,9 +102,11 @@ class ShardRecord(StrictConfig):
         if not _SAFE_NAME.fullmatch(self.name):
             raise ValueError(f"shard name {self.name!r} is not a plain file name")
         for sample in self.samples:
-            for suffix, (offset, size) in sample.members.items():
+            for suffix, (offset, size, crc32) in sample.members.items():
                 if offset < 0 or size < 0 or offset + size > self.size_bytes:
                     raise ValueError(f"{self.name}: {sample.frame_id}.{suffix} lies outside of the shard")
+                if not 0 <= crc32 < 2**32:
+                    raise ValueError(f"{self.name}: {sample.frame_id}.{suffix} has {crc32} for a CRC-32")
         return self
 
 
@@ -112,7 +121,7 @@ class Manifest(StrictConfig):
     """
 
     format: Literal["lipflow-shards"] = "lipflow-shards"
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     config: dict[str, Any]
     capture_uri: str
     fingerprint: str
@@ -148,6 +157,8 @@ class Manifest(StrictConfig):
         ):
             if len(set(ids)) < len(ids):
                 raise ValueError(f"{name}: {Counter(ids).most_common(1)[0][0]!r} stands there twice")
+        if not self.train_camera_ids:
+            raise ValueError("train_camera_ids: no camera is for training")
         frontal = () if self.frontal_camera_id is None else (self.frontal_camera_id,)
         missing = {camera_id for _, sample in samples for camera_id in sample.missing_views}
         unknown = {*self.train_camera_ids, *self.test_camera_ids, *frontal, *missing} - set(cameras)
@@ -175,22 +186,25 @@ class Manifest(StrictConfig):
         """The manifest of the shard set at a path or URI.
 
         Raises:
-            ShardSetError: there is none, it is of another version, or it is damaged.
+            ShardSetVersionError: it is of another version.
+            ChecksumError: its bytes are not those that were written.
+            ShardSetError: there is none, or it is no manifest.
         """
         uri = storage.join(shards_uri, MANIFEST_NAME)
         try:
-            text = storage.read_text(uri)
+            sealed = storage.read_bytes(uri)
         except storage.ObjectNotFoundError as error:
             raise ShardSetError(
                 f"{storage.normalize_uri(shards_uri)}: no {MANIFEST_NAME}, so no shard set;"
                 " correct the address or run `lipflow shard` to the end"
             ) from error
         try:
-            version = json.loads(text).get("format_version")
-            if version != FORMAT_VERSION:
-                raise ShardSetError(f"{uri}: format version {version}, expected {FORMAT_VERSION}; shard again")
-            return cls.model_validate_json(text)
+            return cls.model_validate_json(unseal(sealed, uri))
+        except ChecksumError:
+            _check_version(sealed, uri)
+            raise
         except pydantic.ValidationError as error:
+            _check_version(sealed, uri)
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raise ShardSetError(f"{uri}: damaged at {where} ({first['msg']}); shard again") from error
@@ -198,8 +212,8 @@ class Manifest(StrictConfig):
             raise ShardSetError(f"{uri}: not a manifest ({error}); shard again") from error
 
     def save(self, shards_uri: str) -> None:
-        """Write the manifest atomically: this commits the set."""
-        storage.write_bytes(storage.join(shards_uri, MANIFEST_NAME), self.model_dump_json(indent=1).encode())
+        """Write the manifest atomically: this commits the set. No indentation: half of its bytes would be that."""
+        storage.write_bytes(storage.join(shards_uri, MANIFEST_NAME), seal(self.model_dump_json().encode()))
 
     @property
     def digest(self) -> str:
@@ -217,6 +231,18 @@ class Manifest(StrictConfig):
     def skipped(self) -> tuple[SkippedFile, ...]:
         """All files that could not be used."""
         return tuple(item for shard in self.shards for item in shard.skipped)
+
+
+def _check_version(text: bytes, uri: str) -> None:
+    """Of what could not be read: sets of older versions had no checksum, and their members had none."""
+    try:
+        version = json.loads(text).get("format_version", FORMAT_VERSION)
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ShardSetError(f"{uri}: not a manifest ({error}); shard again") from error
+    if version != FORMAT_VERSION:
+        raise ShardSetVersionError(
+            f"{uri}: format version {version!r:.20}, expected {FORMAT_VERSION}; shard again, to another place"
+        )
 
 
 def canonical_sha256(content: Any) -> Sha256:

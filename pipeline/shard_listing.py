@@ -11,6 +11,7 @@ from lipflow.errors import ShardSetError
 from pipeline import storage
 from pipeline.codecs import EXTENSION_OF_CODEC, MAX_ARRAY_BYTES, CodecError, decode_image, encode_image
 from pipeline.manifest import Manifest, SampleRecord, ShardRecord
+from pipeline.member_reads import check_crc32
 from pipeline.samples import FRAME, headset_suffix, image_suffix
 
 _MAX_OFFSET = 2**63
@@ -226,12 +227,14 @@ def _find(manifest: Manifest, uri: str, frame_id: str) -> tuple[ShardRecord, Sam
 def _read_member(uri: str, shard: ShardRecord, sample: SampleRecord, suffix: str) -> bytes:
     if suffix not in sample.members:
         raise ShardSetError(f"{_address(uri, shard, sample, suffix)}: the sample has no such member; shard again")
-    offset, size = sample.members[suffix]
+    offset, size, crc32 = sample.members[suffix]
     if size > MAX_ARRAY_BYTES or offset >= _MAX_OFFSET:
         raise ShardSetError(
             f"{_address(uri, shard, sample, suffix)}: {size} bytes at {offset} are no member; shard again"
         )
-    return storage.read_range(storage.join(uri, shard.name), offset, size)
+    body = storage.read_range(storage.join(uri, shard.name), offset, size)
+    check_crc32(body, crc32, _address(uri, shard, sample, suffix))
+    return body
 
 
 def _codec(manifest: Manifest, uri: str) -> str:
@@ -254,12 +257,12 @@ def _frame_facts(shard: ShardRecord, sample: SampleRecord, image_suffixes: froze
         views=len(image_suffixes & sample.members.keys()),
         missing_views=sample.missing_views,
         members=len(sample.members),
-        members_bytes=sum(size for _, size in sample.members.values()),
+        members_bytes=sum(size for _, size, _ in sample.members.values()),
     )
 
 
 def _member_facts(sample: SampleRecord, suffix: str) -> MemberFacts:
-    offset, size = sample.members[suffix]
+    offset, size, _ = sample.members[suffix]
     return MemberFacts(f"{sample.frame_id}.{suffix}", offset, size)
 
 

@@ -29,7 +29,8 @@ from pydantic import ValidationError
 from lipflow.config import StrictConfig
 from lipflow.errors import ConfigError, ShardSetError, StorageError
 from pipeline import storage
-from pipeline.manifest import Manifest, ShardRecord
+from pipeline.manifest import Manifest, ShardRecord, ShardSetVersionError
+from pipeline.sealing import ChecksumError, unseal
 
 STALE_PARTIAL_S = 3600.0
 """A local file of an unfinished shard that was not written to for so long has lost its writer."""
@@ -55,8 +56,9 @@ def sidecar_uri(out_uri: str, shard_name: str) -> str:
 def read_sidecar(out_uri: str, shard_name: str) -> ShardSidecar | None:
     """The sidecar of a shard; None if there is none that can be used."""
     try:
-        return ShardSidecar.model_validate_json(storage.read_bytes(sidecar_uri(out_uri, shard_name)))
-    except (storage.ObjectNotFoundError, ValidationError):
+        uri = sidecar_uri(out_uri, shard_name)
+        return ShardSidecar.model_validate_json(unseal(storage.read_bytes(uri), uri))
+    except (storage.ObjectNotFoundError, ChecksumError, ValidationError):
         return None
 
 
@@ -92,6 +94,15 @@ def claimed(out_uri: str, fingerprint: str, shard_names: Collection[str]) -> Ite
         with contextlib.suppress(StorageError):
             storage.delete(claim)
         raise
+    remove_leftovers(out_uri, fingerprint)
+
+
+def remove_leftovers(out_uri: str, fingerprint: str) -> None:
+    """Remove what killed jobs of a complete set's plan have left: their claims, and files that lost their writer.
+
+    Raises:
+        StorageError: something is there that cannot be removed.
+    """
     for name in _names_in(out_uri):
         found = _CLAIM.match(name)
         if found is not None and found[1] == fingerprint:
@@ -124,7 +135,11 @@ def check_target(out_uri: str, fingerprint: str, shard_names: Collection[str]) -
         if sidecar is not None and sidecar.fingerprint != fingerprint:
             raise foreign_plan_error(out_uri, name)
     with contextlib.suppress(ShardSetError):
-        if Manifest.load(out_uri).fingerprint != fingerprint:
+        try:
+            manifest = Manifest.load(out_uri)
+        except ShardSetVersionError as error:
+            raise ConfigError(f"{error}; {_REMEDY}") from error
+        if manifest.fingerprint != fingerprint:
             raise foreign_plan_error(out_uri, "the shard set")
 
 

@@ -28,6 +28,7 @@ from pipeline.codecs import (
     image_size_hw,
 )
 from pipeline.manifest import MANIFEST_NAME, Manifest, SampleRecord, ShardRecord
+from pipeline.member_reads import check_crc32
 from pipeline.samples import (
     AVERAGE_TEXTURE,
     FRAME,
@@ -210,14 +211,17 @@ def _decode_members(
                 folder, _, file = entry.name.rpartition("/")
                 frame, _, suffix = file.partition(".")
                 sample = samples.get(f"{folder}/{frame}")
-                if sample is None or sample.members.get(suffix) != (entry.offset, entry.size_bytes):
+                place = None if sample is None else sample.members.get(suffix)
+                if sample is None or place is None or place[:2] != (entry.offset, entry.size_bytes):
                     raise ShardMemberError(f"{source}: not in the manifest, or at another place; shard again")
                 if entry.size_bytes > MAX_ARRAY_BYTES:
                     raise ShardMemberError(
                         f"{source}: {entry.size_bytes} bytes, more than a sample can hold; shard again"
                     )
+                body = stream.read(entry.size_bytes)
+                check_crc32(body, place[2], source)
                 with _any_fault_named(source):
-                    _check_member(stream.read(entry.size_bytes), suffix, sample, source, manifest)
+                    _check_member(body, suffix, sample, source, manifest)
             except LipflowError as error:
                 faults.add(error, source)
     except ShardMemberError as error:

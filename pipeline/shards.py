@@ -21,12 +21,20 @@ from pipeline import storage
 from pipeline.capture import Capture
 from pipeline.codecs import resize_image
 from pipeline.corrupt_files import CorruptFilesError, FaultLimit
-from pipeline.frames import read_mesh_and_texture
 from pipeline.manifest import CameraRecord, Manifest, SampleRecord, ShardRecord, SkippedFile
+from pipeline.member_reads import read_mesh_and_texture
 from pipeline.samples import SampleEncoder
+from pipeline.sealing import seal
 from pipeline.setfiles import NORMALIZATION_NAME, TOPOLOGY_NAME, encode_normalization, encode_topology
 from pipeline.shard_plan import ShardConfig, ShardPlan, ShardTask, open_for_sharding, plan_shards, sample_settings
-from pipeline.shard_target import ShardSidecar, claimed, foreign_plan_error, read_sidecar, sidecar_uri
+from pipeline.shard_target import (
+    ShardSidecar,
+    claimed,
+    foreign_plan_error,
+    read_sidecar,
+    remove_leftovers,
+    sidecar_uri,
+)
 from pipeline.splits import with_split_files
 from pipeline.stats import FrameSums, OrderedSums, merge, normalization_from, sum_frames
 from pipeline.tar import ShardWriter
@@ -107,7 +115,7 @@ def _write(capture: Capture | str, config: ShardConfig, task: ShardTask, out_uri
         skipped=tuple(encoder.skipped),
     )
     sidecar = ShardSidecar(fingerprint=task.fingerprint, record=record)
-    storage.write_bytes(sidecar_uri(out_uri, task.name), sidecar.model_dump_json().encode())
+    storage.write_bytes(sidecar_uri(out_uri, task.name), seal(sidecar.model_dump_json().encode()))
     return record
 
 
@@ -231,6 +239,7 @@ def write_shards(capture: Capture | str, config: ShardConfig, out_uri: str) -> M
     plan = plan_shards(capture, config)
     done = find_committed(out_uri, plan)
     if done is not None:
+        remove_leftovers(out_uri, plan.fingerprint)
         return done
     names = [task.name for task in plan.shards]
     records: list[ShardRecord] = []

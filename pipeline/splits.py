@@ -149,7 +149,10 @@ def split_cameras(capture: Capture, config: SplitConfig) -> tuple[list[str], lis
         if count > len(candidates):
             raise ConfigError(f"splits.test_camera_count={count}, but only {len(candidates)} cameras can be held out")
         test = [candidates[(2 * index + 1) * len(candidates) // (2 * count)] for index in range(count)]
-    return [camera for camera in kept if camera not in test], test
+    train = [camera for camera in kept if camera not in test]
+    if not train:
+        raise ConfigError(f"all {len(test)} cameras are test cameras; leave at least one for training")
+    return train, test
 
 
 def _chosen(names: Sequence[str], patterns: Sequence[str], fraction: float, seed: int, purpose: str) -> list[str]:

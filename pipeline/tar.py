@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Iterator
 from typing import IO
 
@@ -33,13 +34,13 @@ class ShardWriter:
         self._hashing.muted = kind is not None
         self._tar.close()
 
-    def add_sample(self, frame_id: str, members: Iterator[tuple[str, bytes]]) -> dict[str, tuple[int, int]]:
-        """Write the members of one sample as they come, one in memory at a time; returns their places."""
-        places: dict[str, tuple[int, int]] = {}
+    def add_sample(self, frame_id: str, members: Iterator[tuple[str, bytes]]) -> dict[str, tuple[int, int, int]]:
+        """Write the members of one sample as they come, one in memory at a time; returns offset, size and CRC-32."""
+        places: dict[str, tuple[int, int, int]] = {}
         for suffix, body in members:
             self._tar.write({"__key__": frame_id, suffix: body})
             padded = -(-len(body) // _BLOCK_BYTES) * _BLOCK_BYTES
-            places[suffix] = (self._tar.tarstream.offset - padded, len(body))
+            places[suffix] = (self._tar.tarstream.offset - padded, len(body), zlib.crc32(body))
         return places
 
     @property

@@ -111,7 +111,7 @@ def image_bodies(folder: Path) -> Iterator[tuple[SampleRecord, dict[str, bytes]]
     for shard in Manifest.load(str(folder)).shards:
         for sample in shard.samples:
             wanted = {name: place for name, place in sample.members.items() if is_picture(name)}
-            yield sample, {name: _bytes_at(folder / shard.name, *place) for name, place in wanted.items()}
+            yield sample, {name: _bytes_at(folder / shard.name, *place[:2]) for name, place in wanted.items()}
 
 
 def is_picture(suffix: str) -> bool:
@@ -169,7 +169,7 @@ def _rewritten_shard(
             frame_id = sample.frame_id if number == 0 else f"{sample.frame_id}-{number}"
             members = []
             for suffix, place in sample.members.items():
-                body = _bytes_at(source / shard.name, *place)
+                body = _bytes_at(source / shard.name, *place[:2])
                 if half_chroma and ".image." in suffix:
                     body = _with_half_chroma(body)
                 if suffix == FRAME:

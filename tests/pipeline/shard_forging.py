@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import struct
 import zlib
 from collections.abc import Callable, Mapping
@@ -15,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import zstandard
+
+from tests.pipeline.sealed_manifests import parsed, sealed_json, with_crcs_of
 
 Files = Mapping[str, bytes]
 Random = np.random.Generator
@@ -91,7 +92,7 @@ def sealed(
     files: Files, changed: dict[str, bytes], places: dict[str, list[int]] | None = None
 ) -> dict[str, bytes | None]:
     """The files with a manifest that agrees with them; ``places`` are those of the first shard's members."""
-    document = json.loads(files["manifest.json"])
+    document = parsed(files["manifest.json"])
     for shard in document["shards"]:
         body = changed.get(shard["name"], files[shard["name"]])
         shard["sha256"], shard["size_bytes"] = hashlib.sha256(body).hexdigest(), len(body)
@@ -99,10 +100,11 @@ def sealed(
             for sample in shard["samples"]:
                 for suffix in sample["members"]:
                     place = places.get(f"{sample['frame_id']}.{suffix}")
-                    sample["members"][suffix] = place or sample["members"][suffix]
+                    sample["members"][suffix] = [*(place or sample["members"][suffix])[:2], 0]
+        with_crcs_of(shard, body)
     for name in document["files"]:
         document["files"][name] = hashlib.sha256(changed.get(name, files[name])).hexdigest()
-    return {**changed, "manifest.json": json.dumps(document).encode()}
+    return {**changed, "manifest.json": sealed_json(document)}
 
 
 def with_member(

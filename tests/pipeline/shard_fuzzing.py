@@ -217,8 +217,10 @@ class Fuzzer:
             yield "vouched", "verification found nothing bad, but the set cannot be read"
         if case.refused and outcome.good:
             yield "refused", "verification found nothing bad"
-        if case.sealed or outcome.set_digest not in (None, sound.set_digest):
+        if case.sealed:
             return
+        if outcome.set_digest not in (None, sound.set_digest):
+            yield "no-silent-change", "the manifest is another one, and the set was opened"
         if outcome.good and outcome != sound:
             yield "no-silent-change", "verification found nothing bad, but other data are read"
         if outcome.trained not in (None, sound.trained):

@@ -11,6 +11,8 @@ import json
 import pickle
 from typing import Any
 
+from pipeline.sealing import seal, unseal
+from tests.pipeline.sealed_manifests import parsed, sealed_json
 from tests.pipeline.shard_forging import (
     BLOCK,
     FIRST_SHARD,
@@ -81,7 +83,27 @@ def damaged_set_file(random: Random, files: Files) -> Case:
 @mutation
 def damaged_manifest(random: Random, files: Files) -> Case:
     what, body = _damaged_bytes(random, files["manifest.json"])
-    return Case(what, {"manifest.json": body})
+    return Case(what, {"manifest.json": body}, refused=body != files["manifest.json"])
+
+
+@mutation
+def manifest_with_a_digit_changed(random: Random, files: Files) -> Case:
+    """One bit of a letter or a digit between quotes or of a number: the manifest stays JSON, and often plausible."""
+    body = bytearray(files["manifest.json"])
+    places = [place for place, byte in enumerate(body) if chr(byte).isalnum()]
+    place = int(choice(random, places))
+    flips = [bit for bit in range(7) if chr(body[place] ^ 1 << bit).isalnum()]
+    body[place] ^= 1 << int(choice(random, flips))
+    return Case(f"{place}", {"manifest.json": bytes(body)}, refused=True)
+
+
+@mutation
+def manifest_edited_under_its_old_checksum(random: Random, files: Files) -> Case:
+    """Every value of it may be one that a sound manifest could have."""
+    document = json.loads(files["manifest.json"])
+    other = parsed(manifest_of_other_values(random, files).files["manifest.json"] or b"")
+    text = json.dumps(other | {"checksum": document["checksum"]}, separators=(",", ":")).encode()
+    return Case("values", {"manifest.json": text}, refused=text != files["manifest.json"])
 
 
 @mutation
@@ -107,7 +129,7 @@ def members_exchanged(random: Random, files: Files) -> Case:
 
 @mutation
 def manifest_of_other_values(random: Random, files: Files) -> Case:
-    document = json.loads(files["manifest.json"])
+    document = parsed(files["manifest.json"])
     what = []
     for _ in range(int(random.integers(1, 3))):
         holder, key = _a_place(random, document)
@@ -115,12 +137,12 @@ def manifest_of_other_values(random: Random, files: Files) -> Case:
         value = value(holder[key]) if callable(value) else value
         what.append(f"{key}={value!r:.60}")
         holder[key] = value
-    return Case(", ".join(what), {"manifest.json": json.dumps(document).encode("utf-8", "surrogatepass")}, sealed=True)
+    return Case(", ".join(what), {"manifest.json": sealed_json(document)}, sealed=True)
 
 
 @mutation
 def manifest_without_or_with_more(random: Random, files: Files) -> Case:
-    document = json.loads(files["manifest.json"])
+    document = parsed(files["manifest.json"])
     holder, key = _a_place(random, document)
     kind = choice(random, ("without", "twice", "also"))
     if kind == "without" or (kind == "also" and isinstance(holder, list)):
@@ -129,50 +151,52 @@ def manifest_without_or_with_more(random: Random, files: Files) -> Case:
         holder.append(holder[key])
     else:
         holder[f"{key}.also"] = holder[key]
-    return Case(f"{kind} {key}", {"manifest.json": json.dumps(document).encode()}, sealed=True)
+    return Case(f"{kind} {key}", {"manifest.json": sealed_json(document)}, sealed=True)
 
 
 @mutation
 def manifest_places(random: Random, files: Files) -> Case:
     """Offsets and sizes that lead elsewhere."""
-    document = json.loads(files["manifest.json"])
+    document = parsed(files["manifest.json"])
     shard = choice(random, document["shards"])
     members = choice(random, shard["samples"])["members"]
     name = choice(random, members)
-    kind = choice(random, ("shift", "other", "size", "huge", "negative"))
-    offset, size = members[name]
+    kind = choice(random, ("shift", "other", "size", "huge", "negative", "crc32"))
+    offset, size, crc32 = members[name]
     if kind == "shift":
         offset += int(choice(random, (-BLOCK, -1, 1, 7, BLOCK)))
     elif kind == "other":
-        offset, size = members[choice(random, set(members) - {name})]
+        offset, size, crc32 = members[choice(random, sorted(set(members) - {name}))]
     elif kind == "size":
         size += int(choice(random, (-1, 1, BLOCK)))
     elif kind == "huge":
         shard["size_bytes"] = 2**70
         offset, size = choice(random, ((choice(random, _HUGE), size), (offset, choice(random, _HUGE))))
+    elif kind == "crc32":
+        crc32 = choice(random, (crc32 ^ 1 << int(random.integers(32)), 0, -1, 2**32, 2**64))
     else:
-        offset, size = -offset, size
-    members[name] = [offset, size]
-    return Case(f"{kind} {name}", {"manifest.json": json.dumps(document).encode()}, sealed=True, refused=True)
+        offset = -offset
+    members[name] = [offset, size, crc32]
+    return Case(f"{kind} {name}", {"manifest.json": sealed_json(document)}, sealed=True, refused=True)
 
 
 @mutation
 def manifest_is_no_json(random: Random, files: Files) -> Case:
-    text = files["manifest.json"]
+    text = unseal(files["manifest.json"], "manifest.json")
     depth = int(choice(random, (500, 3000, 100_000)))
     kinds: dict[str, bytes] = {
         "deep list": b"[" * depth,
         "deep closed list": b"[" * depth + b"]" * depth,
         "deep object": b'{"a":' * depth + b"1" + b"}" * depth,
-        "deep config": text.replace(b'"config": {', b'"config": {"deep": ' + b"[" * depth + b"]" * depth + b",", 1),
+        "deep config": text.replace(b'"config":{', b'"config":{"deep": ' + b"[" * depth + b"]" * depth + b",", 1),
         "latin-1": text.replace(b"EXP_a", b"EXP_\xe4"),
         "utf-16": text.decode().encode("utf-16"),
         "bom": b"\xef\xbb\xbf" + text,
         "nul": text + b"\0",
         "two": text + text,
-        "long number": text.replace(b'"format_version": 1', b'"format_version": 1' + b"0" * depth, 1),
-        "long number in config": text.replace(b'"config": {', b'"config": {"n": ' + b"7" * depth + b",", 1),
-        "infinity": text.replace(b'"config": {', b'"config": {"n": Infinity,', 1),
+        "long number": text.replace(b'"format_version":2', b'"format_version":2' + b"0" * depth, 1),
+        "long number in config": text.replace(b'"config":{', b'"config":{"n": ' + b"7" * depth + b",", 1),
+        "infinity": text.replace(b'"config":{', b'"config":{"n": Infinity,', 1),
         "pickle": pickle.dumps({"format_version": 1}),
         "list": b"[1]",
         "number": b"1",
@@ -181,7 +205,8 @@ def manifest_is_no_json(random: Random, files: Files) -> Case:
         "lone surrogate": text.replace(b"EXP_a", b"EXP_\\ud800"),
     }
     kind = choice(random, kinds)
-    return Case(f"{kind} {depth}", {"manifest.json": kinds[kind]}, sealed=True)
+    body = kinds[kind]
+    return Case(f"{kind} {depth}", {"manifest.json": seal(body) if body.endswith(b"}") else body}, sealed=True)
 
 
 # Tars that say something else, under a manifest that agrees.

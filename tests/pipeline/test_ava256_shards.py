@@ -41,7 +41,7 @@ def test_ava256_becomes_a_shard_set_of_pinhole_cameras_with_driving_signals(tmp_
             for camera in capture.cameras:
                 body = capture.frame(segment, stem).image_file(camera.camera_id)
                 captured = np.asarray(Image.open(io.BytesIO(body or b"")).convert("RGB"))
-                offset, size = sample.members[f"{camera.camera_id}.image.png"]
+                offset, size, _ = sample.members[f"{camera.camera_id}.image.png"]
                 stored = Image.open(io.BytesIO(storage.read_range(shards_folder / shard.name, offset, size)))
                 np.testing.assert_array_equal(np.asarray(stored), Undistorter(camera).apply(captured))
     batch = ShardSet.open(shards_folder).frames([manifest.shards[0].samples[0].frame_id], manifest.train_camera_ids)

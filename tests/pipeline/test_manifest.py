@@ -7,14 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from lipflow.errors import ShardSetError
-from pipeline.manifest import Manifest
+from lipflow.errors import ConfigError, ShardSetError
+from pipeline.capture import Capture
+from pipeline.manifest import Manifest, ShardSetVersionError
+from pipeline.sealing import ChecksumError, seal, unseal
+from pipeline.shards import ShardConfig, write_shards
 from pipeline.shardset import ShardSet
+from tests.pipeline.sealed_manifests import read_manifest, write_manifest
 
 
 def _edit(folder: Path, **changes: object) -> None:
-    path = folder / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    write_manifest(folder, read_manifest(folder) | changes)
 
 
 def test_a_folder_without_manifest_is_no_shard_set(tmp_path: Path):
@@ -38,8 +41,9 @@ def test_the_digest_names_the_data_and_not_their_place(manifest: Manifest):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 2}, "format version 2, expected 1"),
+        ({"format_version": 3}, "format version 3, expected 2; shard again, to another place"),
         ({"shards": 3}, "damaged at shards"),
+        ({"train_camera_ids": []}, "no camera is for training"),
         ({"surprise": 1}, "damaged at surprise"),
     ],
 )
@@ -58,8 +62,13 @@ def test_what_is_no_json_object_is_refused(tmp_path: Path, text: str):
 
 
 def test_members_outside_of_their_shard_and_names_that_are_paths_are_refused(own_shards_folder: Path):
-    content = json.loads((own_shards_folder / "manifest.json").read_text())
-    content["shards"][0]["samples"][0]["members"]["avgtex.png"] = [10**12, 5]
+    content = read_manifest(own_shards_folder)
+    place = content["shards"][0]["samples"][0]["members"]["avgtex.png"]
+    place[2] = 2**32
+    _edit(own_shards_folder, shards=content["shards"])
+    with pytest.raises(ShardSetError, match=r"avgtex\.png has 4294967296 for a CRC-32"):
+        Manifest.load(str(own_shards_folder))
+    place[:] = [10**12, 5, 0]
     _edit(own_shards_folder, shards=content["shards"])
     with pytest.raises(ShardSetError, match="lies outside of the shard"):
         Manifest.load(str(own_shards_folder))
@@ -68,6 +77,64 @@ def test_members_outside_of_their_shard_and_names_that_are_paths_are_refused(own
     _edit(own_shards_folder, shards=content["shards"])
     with pytest.raises(ShardSetError, match="not a plain file name"):
         Manifest.load(str(own_shards_folder))
+
+
+def _as_version_1(folder: Path) -> None:
+    """What the first format was: no checksum, and members of an offset and a size."""
+    document = read_manifest(folder) | {"format_version": 1}
+    for shard in document["shards"]:
+        for sample in shard["samples"]:
+            sample["members"] = {suffix: place[:2] for suffix, place in sample["members"].items()}
+    (folder / "manifest.json").write_text(json.dumps(document, indent=1))
+
+
+def test_a_set_of_the_first_version_is_told_from_a_damaged_one(own_shards_folder: Path):
+    _as_version_1(own_shards_folder)
+    with pytest.raises(ShardSetVersionError, match="format version 1, expected 2"):
+        ShardSet.open(own_shards_folder)
+
+
+def test_a_set_of_the_first_version_is_not_written_over(own_shards_folder: Path, dome: Capture):
+    _as_version_1(own_shards_folder)
+    for sidecar in own_shards_folder.glob("t*-*.json"):
+        sidecar.unlink()
+    before = {path.name: path.read_bytes() for path in own_shards_folder.iterdir()}
+    with pytest.raises(ConfigError, match=r"format version 1, expected 2.*give another OUT"):
+        write_shards(dome, ShardConfig(frames_per_shard=4), str(own_shards_folder))
+    assert {path.name: path.read_bytes() for path in own_shards_folder.iterdir()} == before
+
+
+def test_no_flipped_bit_of_a_manifest_passes(own_shards_folder: Path):
+    """Every bit of its head, its tail, and of what is about the first members; every 97th of what lies between."""
+    path, uri = own_shards_folder / "manifest.json", str(own_shards_folder)
+    sound = path.read_bytes()
+    ends = {*range(8 * 300), *range(8 * (len(sound) - 120), 8 * len(sound))}
+    still_json = 0
+    for place in sorted(ends | set(range(0, 8 * len(sound), 97))):
+        damaged = bytearray(sound)
+        damaged[place // 8] ^= 1 << place % 8
+        with pytest.raises(ChecksumError, match=r"manifest\.json: "):
+            unseal(bytes(damaged), "manifest.json")
+        if place % 41 == 0:
+            path.write_bytes(damaged)
+            with pytest.raises(ShardSetError, match=r"manifest\.json: "):
+                Manifest.load(uri)
+        try:
+            json.loads(damaged)
+        except ValueError:
+            continue
+        still_json += 1
+    # Half of all flips leave a JSON document, which a parser alone takes.
+    assert still_json > 500
+
+
+@pytest.mark.parametrize("damage", [lambda sealed: sealed[:-1], lambda sealed: sealed + b" ", lambda sealed: b"{}"])
+def test_a_document_that_does_not_end_with_its_checksum_is_refused(damage):
+    sealed = seal(b'{"a":1}')
+    assert unseal(sealed, "here") == b'{"a":1}'
+    assert json.loads(sealed)["checksum"] == "015abd7f5cc57a2dd94b7590f04ad8084273905ee33ec5cebeae62276a97f862"
+    with pytest.raises(ChecksumError, match=r"^here: does not end with its checksum"):
+        unseal(damage(sealed), "here")
 
 
 def test_changed_statistics_do_not_pass(own_shards_folder: Path):

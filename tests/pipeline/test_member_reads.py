@@ -11,6 +11,9 @@ from lipflow.errors import ShardSetError
 from pipeline import loader as loader_module
 from pipeline import member_reads, storage
 from pipeline.loader import LoaderConfig, ShardLoader, ShardSet
+from pipeline.member_reads import read_mesh_and_texture
+from pipeline.sealing import ChecksumError
+from pipeline.shard_listing import read_view, show_frame
 
 CONFIG = LoaderConfig(frames_per_batch=4, views_per_frame=2, window_shards=2, decode_threads=2)
 
@@ -92,14 +95,48 @@ def test_a_range_that_holds_something_else_is_refused(own_shards_folder: Path, w
     opened = ShardSet.open(own_shards_folder)
     frame_id, camera_id = opened.frame_ids("train")[1], opened.train_camera_ids[0]
     shard, sample = opened._record(frame_id)
-    offset, size = sample.members[f"{camera_id}.image.png"]
+    offset, size, crc32 = sample.members[f"{camera_id}.image.png"]
     if wrong == "name":
         other = sample.members[f"{opened.train_camera_ids[1]}.image.png"]
         sample.members[f"{camera_id}.image.png"] = other
     else:
-        sample.members[f"{camera_id}.image.png"] = (offset - 512, size) if wrong == "offset" else (offset, size - 1)
+        sample.members[f"{camera_id}.image.png"] = (
+            (offset - 512, size, crc32) if wrong == "offset" else (offset, size - 1, crc32)
+        )
     with pytest.raises(ShardSetError, match=rf"{shard.name}.*{camera_id}\.image\.png"):
         opened.view(frame_id, camera_id)
+
+
+def test_a_flipped_bit_that_no_decoder_notices_is_refused_by_every_read_of_single_members(own_shards_folder: Path):
+    """The head pose is JSON: with another digit in it, it is another pose."""
+    opened = ShardSet.open(own_shards_folder)
+    frame_id, camera_id = _complete_frame_id(opened), opened.train_camera_ids[0]
+    shard, sample = opened._record(frame_id)
+    path, uri = own_shards_folder / shard.name, storage.join(opened.uri, shard.name)
+    offset, size, _ = sample.members["frame.json"]
+    facts = path.read_bytes()[offset : offset + size]
+    digit = next(place for place in range(facts.index(b"world_from_head"), size) if chr(facts[place]).isdigit())
+    _flip(path, offset + digit)
+    with pytest.raises(ChecksumError, match=rf"{shard.name}!{frame_id}\.frame\.json: CRC-32 .* the manifest says"):
+        opened[frame_id]
+    with pytest.raises(ChecksumError, match=r"frame\.json"):
+        show_frame(str(own_shards_folder), frame_id)
+    assert opened.view(frame_id, camera_id) is not None
+    read_mesh_and_texture(uri, sample)
+    for suffix in ("verts.npy.zst", f"{camera_id}.image.png"):
+        _flip(path, sum(sample.members[suffix][:2]) - 1)
+    with pytest.raises(ChecksumError, match=rf"{camera_id}\.image\.png"):
+        opened.view(frame_id, camera_id)
+    with pytest.raises(ChecksumError, match=rf"{camera_id}\.image\.png"):
+        read_view(str(own_shards_folder), frame_id, camera_id)
+    with pytest.raises(ChecksumError, match=r"verts\.npy\.zst"):
+        read_mesh_and_texture(uri, sample)
+
+
+def _flip(path: Path, place: int) -> None:
+    body = bytearray(path.read_bytes())
+    body[place] ^= 1
+    path.write_bytes(body)
 
 
 def test_chosen_members_of_a_remote_set_give_the_same_batches(

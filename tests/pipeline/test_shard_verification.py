@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import pickle
 from collections import Counter
@@ -16,6 +15,7 @@ from pipeline.codecs import decode_npz, encode_npz
 from pipeline.manifest import Manifest, SampleRecord, ShardRecord
 from pipeline.shard_verification import is_shard_set, verify_shard, verify_shards
 from pipeline.verification_report import VerifyReport
+from tests.pipeline.sealed_manifests import read_manifest, with_crcs_of, write_manifest
 
 
 def named(report: VerifyReport) -> list[tuple[str, str]]:
@@ -29,7 +29,7 @@ def first_sample(manifest: Manifest) -> tuple[ShardRecord, SampleRecord]:
 
 def overwrite(folder: Path, shard: ShardRecord, sample: SampleRecord, suffix: str, body: bytes) -> None:
     """Put other bytes over the start of a member."""
-    offset, size = sample.members[suffix]
+    offset, size, _ = sample.members[suffix]
     assert len(body) <= size
     with (folder / shard.name).open("r+b") as stream:
         stream.seek(offset)
@@ -38,17 +38,19 @@ def overwrite(folder: Path, shard: ShardRecord, sample: SampleRecord, suffix: st
 
 def seal(folder: Path) -> None:
     """Write a manifest with the digests of the files as they are now: only decoding shows what is wrong."""
-    document = json.loads((folder / "manifest.json").read_text())
+    document = read_manifest(folder)
     for shard in document["shards"]:
-        shard["sha256"] = hashlib.sha256((folder / shard["name"]).read_bytes()).hexdigest()
+        body = (folder / shard["name"]).read_bytes()
+        shard["sha256"] = hashlib.sha256(body).hexdigest()
+        with_crcs_of(shard, body)
     document["files"] = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in document["files"]}
-    (folder / "manifest.json").write_text(json.dumps(document))
+    write_manifest(folder, document)
 
 
 def change_manifest(folder: Path, change) -> None:
-    document = json.loads((folder / "manifest.json").read_text())
+    document = read_manifest(folder)
     change(document)
-    (folder / "manifest.json").write_text(json.dumps(document))
+    write_manifest(folder, document)
 
 
 def test_every_member_of_a_good_set_is_decoded(shards_folder: Path, manifest: Manifest):
@@ -73,7 +75,7 @@ def test_missing_views_are_those_of_the_manifest(shards_folder: Path, manifest: 
 
 def test_a_bit_that_no_decoder_notices_is_in_the_digest(own_shards_folder: Path, manifest: Manifest):
     shard, sample = first_sample(manifest)
-    offset, size = sample.members["verts.npy.zst"]
+    offset, size, _ = sample.members["verts.npy.zst"]
     padding = offset + size
     assert padding % 512
     path = own_shards_folder / shard.name
@@ -93,9 +95,20 @@ def test_a_damaged_member_is_named_beside_its_shard(own_shards_folder: Path, man
     overwrite(own_shards_folder, shard, sample, suffix, b"garbage!" * 4)
     member = f"{shard.name}!{sample.frame_id}.{suffix}"
     report = verify_shards(str(own_shards_folder))
-    assert named(report) == [(shard.name, "shard-digest"), (member, fault)]
+    assert named(report) == [(shard.name, "shard-digest"), (member, "checksum")]
     seal(own_shards_folder)
     assert named(verify_shards(str(own_shards_folder))) == [(member, fault)]
+
+
+def test_a_member_whose_crc32_is_not_the_manifest_s(own_shards_folder: Path, manifest: Manifest):
+    shard, sample = first_sample(manifest)
+
+    def change(document: dict) -> None:
+        document["shards"][0]["samples"][0]["members"]["avgtex.png"][2] ^= 1
+
+    change_manifest(own_shards_folder, change)
+    member = f"{shard.name}!{sample.frame_id}.avgtex.png"
+    assert named(verify_shards(str(own_shards_folder))) == [(member, "checksum")]
 
 
 @pytest.mark.parametrize("left", [0.0, 0.4, 0.999])
@@ -129,7 +142,7 @@ def test_a_member_that_the_manifest_places_elsewhere(own_shards_folder: Path, ma
 
 def test_a_member_of_the_manifest_that_is_in_no_shard(own_shards_folder: Path, manifest: Manifest):
     def add(document: dict) -> None:
-        document["shards"][0]["samples"][0]["members"]["400001.tex.png"] = [512, 10]
+        document["shards"][0]["samples"][0]["members"]["400001.tex.png"] = [512, 10, 0]
 
     change_manifest(own_shards_folder, add)
     assert named(verify_shards(str(own_shards_folder))) == [(manifest.shards[0].name, "shard-member")]
@@ -156,7 +169,7 @@ def test_a_header_that_is_not_of_a_plain_file_ends_the_shard(
 ):
     """tarfile would seek through 2 ** 88 bytes that are not there, and take 8 GiB for an extended header."""
     shard, sample = first_sample(manifest)
-    start = min(offset for offset, _ in sample.members.values()) - 512
+    start = min(offset for offset, _, _ in sample.members.values()) - 512
     body = bytearray((own_shards_folder / shard.name).read_bytes())
     body[start + place : start + place + len(field)] = field
     body[start + 148 : start + 156] = b" " * 8

@@ -7,7 +7,9 @@ import json
 import os
 import pickle
 import random
+import re
 import tarfile
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +26,7 @@ from pipeline.corrupt_files import CorruptFilesError
 from pipeline.manifest import Manifest
 from pipeline.samples import SampleEncoder
 from pipeline.shard_costs import probe_frames
-from pipeline.shard_target import claimed
+from pipeline.shard_target import claimed, read_sidecar
 from pipeline.shards import ShardConfig, find_committed, plan_shards, write_shard, write_shards
 from pipeline.splits import SplitConfig
 from pipeline.stats import OrderedSums, merge
@@ -67,7 +69,9 @@ def test_member_offsets_are_exact(manifest: Manifest, shards_folder: Path):
     for shard in manifest.shards:
         with tarfile.open(shards_folder / shard.name) as tar:
             members = {member.name: member for member in tar}
-            promised = {f"{s.frame_id}.{suffix}": place for s in shard.samples for suffix, place in s.members.items()}
+            promised = {
+                f"{s.frame_id}.{suffix}": place[:2] for s in shard.samples for suffix, place in s.members.items()
+            }
             assert set(members) == set(promised)
             for name, (offset, size) in promised.items():
                 stream = tar.extractfile(members[name])
@@ -97,7 +101,7 @@ def test_png_images_are_stored_as_they_were_captured(dome: Capture, manifest: Ma
     for shard in manifest.shards:
         for sample in shard.samples:
             segment, _, frame = sample.frame_id.partition("/")
-            offset, size = sample.members["avgtex.png"]
+            offset, size, _ = sample.members["avgtex.png"]
             stored = storage.read_range(shards_folder / shard.name, offset, size)
             assert stored == dome.frame(segment, frame).average_texture_file()
             for camera in dome.cameras:
@@ -105,7 +109,7 @@ def test_png_images_are_stored_as_they_were_captured(dome: Capture, manifest: Ma
                 suffix = f"{camera.camera_id}.image.png"
                 assert (captured is None) == (suffix not in sample.members)
                 if captured is not None:
-                    offset, size = sample.members[suffix]
+                    offset, size, _ = sample.members[suffix]
                     assert storage.read_range(shards_folder / shard.name, offset, size) == captured
 
 
@@ -188,6 +192,19 @@ def test_a_damaged_shard_is_written_again(dome: Capture, own_shards_folder: Path
     assert _bytes_of(own_shards_folder) == _bytes_of(shards_folder)
 
 
+def test_a_sidecar_with_another_digit_in_it_is_not_trusted(dome: Capture, own_shards_folder: Path, shards_folder: Path):
+    """The shard's digest would pass; the place of a member would be wrong in the manifest that is made of it."""
+    path = own_shards_folder / "train-000000.json"
+    text = path.read_text()
+    offset = re.search(r'"avgtex\.png":\[(\d+),', text)
+    assert offset is not None
+    path.write_text(text[: offset.start(1)] + str(int(offset[1]) - 512) + text[offset.end(1) :])
+    (own_shards_folder / "manifest.json").unlink()
+    assert read_sidecar(str(own_shards_folder), "train-000000.tar") is None
+    write_shards(dome, CONFIG, str(own_shards_folder))
+    assert _bytes_of(own_shards_folder) == _bytes_of(shards_folder)
+
+
 def test_a_committed_set_is_recognised_by_plan_and_on_request_by_digest(dome: Capture, own_shards_folder: Path):
     uri = str(own_shards_folder)
     plan = plan_shards(dome, CONFIG)
@@ -253,6 +270,18 @@ def test_the_claim_of_a_dead_job_stops_other_plans_alone_and_ends_with_the_set(
     assert _bytes_of(tmp_path) == _bytes_of(shards_folder)
 
 
+def test_a_run_on_a_complete_set_removes_what_jobs_that_were_killed_after_the_commit_have_left(
+    dome: Capture, own_shards_folder: Path, shards_folder: Path
+):
+    claim = own_shards_folder / f".job-{plan_shards(dome, CONFIG).fingerprint}-{'0' * 32}.json"
+    stale, fresh = (own_shards_folder / f".train-000000.tar.{n:032x}.partial" for n in (0, 1))
+    for path in (claim, stale, fresh):
+        path.write_bytes(b"{}")
+    os.utime(stale, (time.time() - 7200, time.time() - 7200))
+    write_shards(dome, CONFIG, str(own_shards_folder))
+    assert _bytes_of(own_shards_folder) == _bytes_of(shards_folder) | {fresh.name: b"{}"}
+
+
 def test_a_failed_job_leaves_no_claim(own_dome_folder: Path, tmp_path: Path):
     for path in (own_dome_folder / "tracked_mesh").rglob("*.bin"):
         path.write_bytes(b"short")
@@ -285,7 +314,7 @@ def test_shards_have_the_target_size(dome: Capture, tmp_path: Path):
     whole = [shard for shard in manifest.shards if len(shard.samples) == 3]
     assert whole
     for shard in whole:
-        members = sum(512 + -(-size // 512) * 512 for sample in shard.samples for _, size in sample.members.values())
+        members = sum(512 + -(-size // 512) * 512 for sample in shard.samples for _, size, _ in sample.members.values())
         assert 0.85 < members / (3 * cost.size_bytes) < 1.15
         assert members < shard.size_bytes <= members + 1024 + 10240
     # The number that was chosen, given by hand, is the same plan.
@@ -359,7 +388,7 @@ def test_images_and_textures_are_resized_with_their_cameras(dome: Capture, tmp_p
         np.testing.assert_allclose(record.intrinsics, scale @ camera.intrinsics, rtol=1e-12)
     extension = {"webp": "webp", "jpeg": "jpg"}[codec]
     shard = manifest.shards[0]
-    for suffix, (offset, size) in shard.samples[0].members.items():
+    for suffix, (offset, size, _) in shard.samples[0].members.items():
         body = storage.read_range(tmp_path / shard.name, offset, size)
         if suffix.endswith(f".image.{extension}"):
             assert Image.open(io.BytesIO(body)).size == (12, 24)
@@ -418,13 +447,13 @@ def test_a_missing_average_texture_is_unwrapped_from_the_training_cameras(own_do
     manifest = write_shards(open_capture(own_dome_folder), ShardConfig(), str(tmp_path / "out"))
     for shard in manifest.shards:
         for sample in shard.samples:
-            offset, size = sample.members["frame.json"]
+            offset, size, _ = sample.members["frame.json"]
             facts = json.loads(storage.read_range(tmp_path / "out" / shard.name, offset, size))
             made = sample.frame_id == "SEN_a_good_morrow/000001"
             assert facts["average_texture"] == ("unwrapped" if made else "capture")
             if made:
                 assert 0.4 < facts["texture_seen_fraction"] <= 1
-                offset, size = sample.members["avgtex.png"]
+                offset, size, _ = sample.members["avgtex.png"]
                 body = storage.read_range(tmp_path / "out" / shard.name, offset, size)
                 stored = np.asarray(Image.open(io.BytesIO(body))).astype(int)
                 assert np.median(np.abs(stored - original)) < 12
@@ -461,7 +490,7 @@ def test_images_of_a_lens_are_undistorted(dome_folder: Path, manifest: Manifest,
     segment, _, stem = sample.frame_id.partition("/")
     for camera in capture.cameras[:2]:
         body = capture.frame(segment, stem).image_file(camera.camera_id)
-        offset, size = sample.members[f"{camera.camera_id}.image.png"]
+        offset, size, _ = sample.members[f"{camera.camera_id}.image.png"]
         stored = np.asarray(Image.open(io.BytesIO(storage.read_range(tmp_path / shard.name, offset, size))))
         captured = np.asarray(Image.open(io.BytesIO(body)))
         np.testing.assert_array_equal(stored, Undistorter(camera).apply(captured))

@@ -76,6 +76,9 @@ def test_cameras_can_be_named():
     assert len(train) == 10
     with pytest.raises(ConfigError, match="'400005' is the frontal camera"):
         split_cameras(_capture(), SplitConfig(test_cameras=("400005",)))
+    without_frontal = SimpleNamespace(**vars(_capture()) | {"frontal_camera_id": None})
+    with pytest.raises(ConfigError, match="all 12 cameras are test cameras; leave at least one for training"):
+        split_cameras(without_frontal, SplitConfig(test_cameras=("*",)))
 
 
 PUBLISHED = {"full": {"train": ["400000", "400001", "400005"], "test": ["400003", "400001"], "visual": ["400003"]}}
