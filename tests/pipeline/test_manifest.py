@@ -59,7 +59,7 @@ def test_what_is_no_json_object_is_refused(tmp_path: Path, text: str):
 
 def test_members_outside_of_their_shard_and_names_that_are_paths_are_refused(own_shards_folder: Path):
     content = json.loads((own_shards_folder / "manifest.json").read_text())
-    content["shards"][0]["samples"][0]["members"]["avgtex.png"] = [10**12, 5]
+    content["shards"][0]["samples"][0]["members"]["avgtex.plz"] = [10**12, 5]
     _edit(own_shards_folder, shards=content["shards"])
     with pytest.raises(ShardSetError, match="lies outside of the shard"):
         Manifest.load(str(own_shards_folder))

@@ -20,17 +20,20 @@ from lipflow.errors import CaptureError, ConfigError, ShardSetError
 from pipeline import shards, storage
 from pipeline.capture import Capture
 from pipeline.captures.opening import open_capture
+from pipeline.codecs import LosslessCodec, decode_any_image, decode_image
+from pipeline.frames import read_mesh_and_texture
 from pipeline.manifest import Manifest
-from pipeline.samples import SampleEncoder
+from pipeline.samples import SampleEncoder, average_texture_suffix
 from pipeline.shard_costs import probe_frames
 from pipeline.shard_target import claimed
 from pipeline.shards import CorruptFilesError, ShardConfig, find_committed, plan_shards, write_shard, write_shards
+from pipeline.shardset import ShardSet
 from pipeline.splits import SplitConfig
 from pipeline.stats import OrderedSums, merge
 from pipeline.undistort import Undistorter
 
 CONFIG = ShardConfig(frames_per_shard=4)
-ALLOWED_ENDINGS = (".json", ".npy.zst", ".png")
+ALLOWED_ENDINGS = (".json", ".npy.zst", ".png", ".plz")
 
 
 def _bytes_of(folder: Path) -> dict[str, bytes]:
@@ -92,12 +95,13 @@ def test_plain_webdataset_streams_the_same_samples(manifest: Manifest, shards_fo
             assert json.loads(sample["frame.json"])["cameras"]
 
 
-def test_png_images_are_stored_as_they_were_captured(dome: Capture, manifest: Manifest, shards_folder: Path):
+def test_png_images_and_textures_are_stored_as_they_were_captured(dome: Capture, tmp_path: Path):
+    manifest = write_shards(dome, ShardConfig(texture_codec="png"), str(tmp_path))
     for shard in manifest.shards:
         for sample in shard.samples:
             segment, _, frame = sample.frame_id.partition("/")
             offset, size = sample.members["avgtex.png"]
-            stored = storage.read_range(shards_folder / shard.name, offset, size)
+            stored = storage.read_range(tmp_path / shard.name, offset, size)
             assert stored == dome.frame(segment, frame).average_texture_file()
             for camera in dome.cameras:
                 captured = dome.frame(segment, frame).image_file(camera.camera_id)
@@ -105,7 +109,45 @@ def test_png_images_are_stored_as_they_were_captured(dome: Capture, manifest: Ma
                 assert (captured is None) == (suffix not in sample.members)
                 if captured is not None:
                     offset, size = sample.members[suffix]
-                    assert storage.read_range(shards_folder / shard.name, offset, size) == captured
+                    assert storage.read_range(tmp_path / shard.name, offset, size) == captured
+
+
+@pytest.mark.parametrize("texture_codec", ["planar", "webp", "png"])
+def test_average_textures_are_lossless_under_every_codec(dome: Capture, tmp_path: Path, texture_codec: LosslessCodec):
+    manifest = write_shards(dome, ShardConfig(texture_codec=texture_codec), str(tmp_path))
+    assert manifest.texture_codec == texture_codec
+    suffix = average_texture_suffix(texture_codec)
+    shard = manifest.shards[0]
+    for sample in shard.samples:
+        segment, _, frame = sample.frame_id.partition("/")
+        captured = dome.frame(segment, frame).average_texture_file()
+        assert captured is not None
+        stored = storage.read_range(tmp_path / shard.name, *sample.members[suffix])
+        np.testing.assert_array_equal(decode_image(stored, suffix), decode_any_image(captured, "captured"))
+        texture, _ = read_mesh_and_texture(str(tmp_path / shard.name), sample)
+        batch = ShardSet.open(tmp_path).frames([sample.frame_id], manifest.train_camera_ids[:1])
+        np.testing.assert_array_equal(batch.average_texture[0].numpy(), texture)
+
+
+def test_a_lossy_or_unknown_texture_codec_is_refused(dome: Capture, shards_folder: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match="texture_codec"):
+        ShardConfig.model_validate({"texture_codec": "jpeg"})
+    document = json.loads((shards_folder / "manifest.json").read_text())
+    document["config"]["texture_codec"] = "jpeg"
+    (tmp_path / "manifest.json").write_text(json.dumps(document))
+    with pytest.raises(ShardSetError, match=r"texture_codec is 'jpeg', no lossless image codec"):
+        Manifest.load(str(tmp_path))
+
+
+def test_a_set_from_before_textures_had_a_codec_is_read_as_png(dome: Capture, tmp_path: Path):
+    written = write_shards(dome, ShardConfig(texture_codec="png"), str(tmp_path))
+    document = json.loads((tmp_path / "manifest.json").read_text())
+    del document["config"]["texture_codec"], document["config"]["chroma"]
+    (tmp_path / "manifest.json").write_text(json.dumps(document))
+    sample = written.shards[0].samples[0]
+    texture, _ = read_mesh_and_texture(str(tmp_path / written.shards[0].name), sample)
+    batch = ShardSet.open(tmp_path).frames([sample.frame_id], written.train_camera_ids[:1])
+    np.testing.assert_array_equal(batch.average_texture[0].numpy(), texture)
 
 
 def test_missing_views_are_recorded(dome: Capture, manifest: Manifest):
@@ -362,8 +404,8 @@ def test_images_and_textures_are_resized_with_their_cameras(dome: Capture, tmp_p
         body = storage.read_range(tmp_path / shard.name, offset, size)
         if suffix.endswith(f".image.{extension}"):
             assert Image.open(io.BytesIO(body)).size == (12, 24)
-        if suffix == "avgtex.png":
-            assert Image.open(io.BytesIO(body)).size == (16, 16)
+        if suffix == "avgtex.plz":
+            assert decode_image(body, suffix).shape == (16, 16, 3)
 
 
 def corrupted(folder: Path) -> list[str]:
@@ -423,9 +465,9 @@ def test_a_missing_average_texture_is_unwrapped_from_the_training_cameras(own_do
             assert facts["average_texture"] == ("unwrapped" if made else "capture")
             if made:
                 assert 0.4 < facts["texture_seen_fraction"] <= 1
-                offset, size = sample.members["avgtex.png"]
+                offset, size = sample.members["avgtex.plz"]
                 body = storage.read_range(tmp_path / "out" / shard.name, offset, size)
-                stored = np.asarray(Image.open(io.BytesIO(body))).astype(int)
+                stored = decode_image(body, "avgtex.plz").astype(int)
                 assert np.median(np.abs(stored - original)) < 12
 
 
