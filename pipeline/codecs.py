@@ -98,7 +98,7 @@ def decode_image(body: bytes, name: str, mode: ImageMode = "RGB") -> np.ndarray:
         return np.asarray(image)
 
 
-def decode_image_into(body: bytes, name: str, target: np.ndarray, *, bottom_up: bool = False) -> None:
+def decode_image_into(body: bytes | memoryview, name: str, target: np.ndarray, *, bottom_up: bool = False) -> None:
     """Decode an image of a shard straight into its planes; the GIL is given back while pixels are decoded.
 
     Args:
@@ -118,14 +118,14 @@ def decode_image_into(body: bytes, name: str, target: np.ndarray, *, bottom_up: 
         if channels == len(target):
             _decode_planar(body, name, target, bottom_up=bottom_up)
         else:
-            target[...] = np.moveaxis(np.atleast_3d(decode_image(body, name, mode)), -1, 0)[:, rows]
+            target[...] = np.moveaxis(np.atleast_3d(decode_image(bytes(body), name, mode)), -1, 0)[:, rows]
         return
     if _has_extension(name, "jpeg") and mode == "RGB":
         _check_size(_jpeg_size_hw(body, name), target, name)
         with _jpeg_errors_named(name):
             decode_jpeg_planes(body, target, bottom_up=bottom_up)
         return
-    with _opened(body, name, mode, (_format_of(name),), target) as image:
+    with _opened(bytes(body), name, mode, (_format_of(name),), target) as image:
         if mode == "L":
             target[0] = np.asarray(image)[rows]
         else:
@@ -197,7 +197,7 @@ def _has_extension(name: str, codec: ImageCodec) -> bool:
     return name.lower().endswith("." + EXTENSION_OF_CODEC[codec])
 
 
-def _jpeg_size_hw(body: bytes, name: str) -> tuple[int, int]:
+def _jpeg_size_hw(body: bytes | memoryview, name: str) -> tuple[int, int]:
     with _jpeg_errors_named(name):
         height, width = jpeg_size_hw(body)
     if width * height > MAX_IMAGE_PIXELS:
@@ -214,7 +214,7 @@ def _jpeg_errors_named(name: str) -> Iterator[None]:
         raise kind(f"{name}: not a whole JPEG image ({error})") from error
 
 
-def _planar_size_chw(body: bytes, name: str) -> tuple[int, int, int]:
+def _planar_size_chw(body: bytes | memoryview, name: str) -> tuple[int, int, int]:
     try:
         return planar_size_chw(body, MAX_IMAGE_PIXELS)
     except PlanarTooLargeError as error:
@@ -223,7 +223,7 @@ def _planar_size_chw(body: bytes, name: str) -> tuple[int, int, int]:
         raise UnreadableImageError(f"{name}: not a whole planar image ({error}); fetch it again") from error
 
 
-def _decode_planar(body: bytes, name: str, target: np.ndarray, *, bottom_up: bool = False) -> None:
+def _decode_planar(body: bytes | memoryview, name: str, target: np.ndarray, *, bottom_up: bool = False) -> None:
     try:
         decode_planar(body, target, bottom_up=bottom_up)
     except PlanarFormatError as error:
@@ -319,7 +319,7 @@ def encode_array(array: np.ndarray) -> bytes:
     return zstandard.ZstdCompressor(level=_ZSTD_LEVEL, write_checksum=True).compress(target.getvalue())
 
 
-def decode_array(body: bytes, name: str, max_bytes: int | None = None) -> np.ndarray:
+def decode_array(body: bytes | memoryview, name: str, max_bytes: int | None = None) -> np.ndarray:
     """The array of a ``.npy.zst`` member; ``max_bytes`` bounds it with its header.
 
     Raises:

@@ -27,8 +27,8 @@ from pipeline.samples import FRAME, KEYPOINTS, VERTICES, average_texture_suffix,
 
 _NPY_HEADER_BYTES = 1024
 
-MemberReader = Callable[[int, int], bytes]
-"""Reads (offset, size) of a shard."""
+MemberReader = Callable[[int, int], bytes | memoryview]
+"""Reads (offset, size) of a shard; the bytes are valid until the same thread reads again."""
 FramePiece = Callable[[MemberReader], None]
 """Decodes a part of a frame."""
 
@@ -252,7 +252,7 @@ class FrameReader:
 
 def _head_pose(sample: SampleRecord, read: MemberReader) -> np.ndarray:
     try:
-        pose = np.array(json.loads(_member(sample, read, FRAME))["world_from_head"], np.float64)
+        pose = np.array(json.loads(bytes(_member(sample, read, FRAME)))["world_from_head"], np.float64)
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ShardSetError(f"{sample.frame_id}.{FRAME}: no head pose ({error}); shard the capture again") from error
     if pose.shape != (3, 4) or not np.isfinite(pose).all():
@@ -269,7 +269,7 @@ def read_mesh_and_texture(shard_uri: str, sample: SampleRecord) -> tuple[np.ndar
         return storage.read_range(shard_uri, offset, size)
 
     with _errors_named(sample, suffix) as name:
-        texture = decode_image(_member(sample, read, suffix), name)
+        texture = decode_image(bytes(_member(sample, read, suffix)), name)
     return np.ascontiguousarray(texture[::-1].transpose(2, 0, 1)), _array_member(sample, read, VERTICES)
 
 
@@ -281,7 +281,7 @@ def _errors_named(sample: SampleRecord, suffix: str) -> Iterator[str]:
         raise ShardSetError(f"{error}; the shard is damaged, fetch it or shard again") from error
 
 
-def _member(sample: SampleRecord, read: MemberReader, suffix: str) -> bytes:
+def _member(sample: SampleRecord, read: MemberReader, suffix: str) -> bytes | memoryview:
     if suffix not in sample.members:
         raise ShardSetError(f"{sample.frame_id}: the sample has no {suffix}; shard the capture again")
     return read(*sample.members[suffix])

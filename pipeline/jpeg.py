@@ -36,7 +36,7 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
-def jpeg_size_hw(body: bytes) -> tuple[int, int]:
+def jpeg_size_hw(body: bytes | memoryview) -> tuple[int, int]:
     """(height, width) from the header.
 
     Raises:
@@ -51,7 +51,7 @@ def jpeg_size_hw(body: bytes) -> tuple[int, int]:
     return height, width
 
 
-def decode_jpeg(body: bytes, pixels: np.ndarray) -> None:
+def decode_jpeg(body: bytes | memoryview, pixels: np.ndarray) -> None:
     """Decode into ``pixels (H, W, 3)`` uint8, C-contiguous and of the file's size; on an error undefined.
 
     Raises:
@@ -66,7 +66,7 @@ def decode_jpeg(body: bytes, pixels: np.ndarray) -> None:
         raise JpegFormatError(str(error)) from error
 
 
-def decode_jpeg_planes(body: bytes, target: np.ndarray, *, bottom_up: bool = False) -> None:
+def decode_jpeg_planes(body: bytes | memoryview, target: np.ndarray, *, bottom_up: bool = False) -> None:
     """Decode into ``target (3, H, W)`` uint8, C-contiguous and of the file's size; on an error undefined.
 
     Args:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -39,6 +40,8 @@ PADDING_FRAME_ID = ""
 
 _LOCAL_CHECKS, _REMOTE_SHARDS, _REMOTE_MEMBERS = 1, 4, 16
 """Threads that make shards ready, or read single members, which wait for the network most of their time."""
+_JOBS_PER_THREAD = 2
+"""Of each batch: one would leave threads waiting for the one whose images are slower."""
 _WORTH_SINGLE_READS = 0.25
 """The share of a shard's bytes below which its members are read alone: small requests cost more a byte."""
 
@@ -100,7 +103,7 @@ class _Waiting:
     views: np.ndarray
     pixels: BatchPixels
     arrays: list[FrameArrays]
-    pieces: list[Future[None]]
+    jobs: list[Future[None]]
 
 
 class ShardLoader:
@@ -238,7 +241,8 @@ class ShardLoader:
     ) -> _Waiting:
         views = np.full((len(batch), self._config.views_per_frame), PADDING, np.int64)
         pixels = self._reader.allocate(*views.shape, pinned=self._pinned)
-        arrays, pieces = [], []
+        arrays: list[FrameArrays] = []
+        pieces: list[Callable[[], None]] = []
         for place, (visited, group) in enumerate(batch):
             frame = filler if visited == PADDING else int(visited)
             if visited != PADDING:
@@ -248,19 +252,27 @@ class ShardLoader:
             members = reads.request(int(self._shard_of_frame[frame]), sample, self._reader.suffixes(camera_ids))
             frame_arrays, frame_pieces = self._reader.pieces(sample, camera_ids, pixels.frame(place))
             arrays.append(frame_arrays)
-            # By image and not by frame: a batch of few frames occupies all threads, and its last ones do not wait.
-            pieces += [pool.submit(_decode, piece, members) for piece in frame_pieces]
-        return _Waiting(batch[:, 0], views, pixels, arrays, pieces)
+            pieces += [partial(_decode, piece, members) for piece in frame_pieces]
+        # By image and not by frame, so that all threads are busy with a batch of few frames; and some at a time, since
+        # small images take little longer than what a job of a pool costs.
+        jobs = min(len(pieces), _JOBS_PER_THREAD * self._config.decode_threads)
+        futures = [pool.submit(_call_all, pieces[job::jobs]) for job in range(jobs)]
+        return _Waiting(batch[:, 0], views, pixels, arrays, futures)
 
     def _collect(self, batch: _Waiting) -> FrameBatch:
-        for piece in batch.pieces:
-            piece.result()
+        for job in batch.jobs:
+            job.result()
         ids = [PADDING_FRAME_ID if frame == PADDING else self._frames[frame].frame_id for frame in batch.frames]
         return self._set.batch(ids, batch.arrays, batch.pixels, self._places[np.maximum(batch.views, 0)])
 
 
 def _decode(piece: FramePiece, members: Callable[[], MemberReader]) -> None:
     piece(members())
+
+
+def _call_all(pieces: Sequence[Callable[[], None]]) -> None:
+    for piece in pieces:
+        piece()
 
 
 def prefetch_to_device(batches: Iterable[FrameBatch], device: torch.device | str) -> Iterator[FrameBatch]:

@@ -108,7 +108,7 @@ def encode_planar(image: np.ndarray) -> bytes:
     return header + _CRC.pack(zlib.crc32(header)) + packed
 
 
-def planar_size_chw(body: bytes, max_pixels: int) -> tuple[int, int, int]:
+def planar_size_chw(body: bytes | memoryview, max_pixels: int) -> tuple[int, int, int]:
     """(channels, height, width) from the header, which is checked; nothing is allocated.
 
     Raises:
@@ -131,7 +131,7 @@ def planar_size_chw(body: bytes, max_pixels: int) -> tuple[int, int, int]:
     return channels, height, width
 
 
-def decode_planar(body: bytes, target: np.ndarray, *, bottom_up: bool = False) -> None:
+def decode_planar(body: bytes | memoryview, target: np.ndarray, *, bottom_up: bool = False) -> None:
     """Decode into ``target (C, H, W)`` uint8, whose rows are contiguous; on an error its content is undefined.
 
     Args:
