@@ -15,6 +15,21 @@ from pipeline.manifest import ShardRecord
 
 _SUFFIX = ".shard"
 
+
+class _ReadBuffer(threading.local):
+    """Memory for one member a thread: fresh pages for each cost as much as the copy into them."""
+
+    def __init__(self) -> None:
+        self.memory = bytearray()
+
+    def take(self, size: int) -> memoryview:
+        if len(self.memory) < size:
+            self.memory = bytearray(size)
+        return memoryview(self.memory)[:size]
+
+
+_buffer = _ReadBuffer()
+
 ShardCheck = Literal["once", "each-epoch", "size"]
 """When a shard's SHA-256 is compared: at its first use by a process, in each epoch again, or never but for its size."""
 
@@ -55,8 +70,8 @@ class ShardCache:
         if self._check_when == "each-epoch":
             self._checked = set()
 
-    def read(self, shard: ShardRecord, offset: int, size: int) -> bytes:
-        """``size`` bytes of a shard.
+    def read(self, shard: ShardRecord, offset: int, size: int) -> memoryview:
+        """``size`` bytes of a shard, which are valid until the same thread reads again.
 
         Raises:
             ShardSetError: the shard is absent, or it is not the one of the manifest.
@@ -65,12 +80,16 @@ class ShardCache:
         for _ in range(3):
             path = self.ensure(shard)
             try:
-                with path.open("rb", buffering=0) as stream:
-                    body = os.pread(stream.fileno(), size, offset)
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError:
                 self._checked.discard(shard.sha256)
                 continue
-            if len(body) == size:
+            try:
+                body = _buffer.take(size)
+                received = os.preadv(descriptor, [body], offset)
+            finally:
+                os.close(descriptor)
+            if received == size:
                 return body
             raise ShardSetError(f"{path}: ends within a member; the shard was changed while it was read")
         raise ShardSetError(f"{shard.name}: removed while it was read; raise the bound of the cache")

@@ -22,9 +22,12 @@ import zstandard
 from PIL import Image, UnidentifiedImageError, features
 
 from lipflow.errors import ConfigError, LipflowError
+from pipeline.jpeg import JpegFormatError, decode_jpeg, decode_jpeg_planes, jpeg_size_hw
 from pipeline.planar import PlanarFormatError, PlanarTooLargeError, decode_planar, encode_planar, planar_size_chw
 
 ImageCodec = Literal["png", "webp", "jpeg", "avif", "planar"]
+LosslessCodec = Literal["png", "webp", "planar"]
+Chroma = Literal["444", "420"]
 ImageMode = Literal["RGB", "RGBA", "L"]
 ResizeFilter = Literal["box", "lanczos"]
 
@@ -80,17 +83,22 @@ def decode_image(body: bytes, name: str, mode: ImageMode = "RGB") -> np.ndarray:
     Raises:
         CodecError: another extension or format, too many pixels, a truncated or broken file.
     """
-    if _is_planar(name):
+    if _has_extension(name, "planar"):
         planes = np.empty(_planar_size_chw(body, name), np.uint8)
         _decode_planar(body, name, planes)
         pixels = planes[0] if len(planes) == 1 else np.ascontiguousarray(planes.transpose(1, 2, 0))
         own_mode = "L" if len(planes) == 1 else "RGB"
         return pixels if mode == own_mode else np.asarray(Image.fromarray(pixels).convert(mode))
+    if _has_extension(name, "jpeg") and mode == "RGB":
+        pixels = np.empty((*_jpeg_size_hw(body, name), 3), np.uint8)
+        with _jpeg_errors_named(name):
+            decode_jpeg(body, pixels)
+        return pixels
     with _opened(body, name, mode, (_format_of(name),)) as image:
         return np.asarray(image)
 
 
-def decode_image_into(body: bytes, name: str, target: np.ndarray, *, bottom_up: bool = False) -> None:
+def decode_image_into(body: bytes | memoryview, name: str, target: np.ndarray, *, bottom_up: bool = False) -> None:
     """Decode an image of a shard straight into its planes; the GIL is given back while pixels are decoded.
 
     Args:
@@ -104,19 +112,24 @@ def decode_image_into(body: bytes, name: str, target: np.ndarray, *, bottom_up: 
     """
     rows = slice(None, None, -1 if bottom_up else None)
     mode: ImageMode = "L" if len(target) == 1 else "RGB"
-    if _is_planar(name):
+    if _has_extension(name, "planar"):
         channels, height, width = _planar_size_chw(body, name)
         _check_size((height, width), target, name)
-        if channels == len(target) and not bottom_up:
-            _decode_planar(body, name, target)
+        if channels == len(target):
+            _decode_planar(body, name, target, bottom_up=bottom_up)
         else:
-            target[...] = np.moveaxis(np.atleast_3d(decode_image(body, name, mode)), -1, 0)[:, rows]
+            target[...] = np.moveaxis(np.atleast_3d(decode_image(bytes(body), name, mode)), -1, 0)[:, rows]
         return
-    with _opened(body, name, mode, (_format_of(name),), target) as image:
+    if _has_extension(name, "jpeg") and mode == "RGB":
+        _check_size(_jpeg_size_hw(body, name), target, name)
+        with _jpeg_errors_named(name):
+            decode_jpeg_planes(body, target, bottom_up=bottom_up)
+        return
+    with _opened(bytes(body), name, mode, (_format_of(name),), target) as image:
         if mode == "L":
             target[0] = np.asarray(image)[rows]
         else:
-            _split_planes(_packed_pixels(image)[rows], target)
+            _split_planes(_packed_pixels(image), target, bottom_up)
 
 
 def decode_any_image(body: bytes, name: str, mode: ImageMode = "RGB") -> np.ndarray:
@@ -165,11 +178,12 @@ def _packed_pixels(image: Image.Image) -> np.ndarray:
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def _split_planes(pixels: np.ndarray, target: np.ndarray) -> None:
+def _split_planes(pixels: np.ndarray, target: np.ndarray, bottom_up: bool) -> None:
     """``pixels (H, W)``, see :func:`_packed_pixels`, to ``target (3, H, W)``."""
     height, width = pixels.shape
     for y in range(height):
-        row, red, green, blue = pixels[y], target[0, y], target[1, y], target[2, y]
+        row, out = pixels[y], height - 1 - y if bottom_up else y
+        red, green, blue = target[0, out], target[1, out], target[2, out]
         # three plain loops: each of them is vectorised
         for x in range(width):
             red[x] = row[x]
@@ -179,11 +193,28 @@ def _split_planes(pixels: np.ndarray, target: np.ndarray) -> None:
             blue[x] = row[x] >> _16
 
 
-def _is_planar(name: str) -> bool:
-    return name.lower().endswith("." + EXTENSION_OF_CODEC["planar"])
+def _has_extension(name: str, codec: ImageCodec) -> bool:
+    return name.lower().endswith("." + EXTENSION_OF_CODEC[codec])
 
 
-def _planar_size_chw(body: bytes, name: str) -> tuple[int, int, int]:
+def _jpeg_size_hw(body: bytes | memoryview, name: str) -> tuple[int, int]:
+    with _jpeg_errors_named(name):
+        height, width = jpeg_size_hw(body)
+    if width * height > MAX_IMAGE_PIXELS:
+        raise ImageBombError(f"{name}: {width}x{height} pixels, at most {MAX_IMAGE_PIXELS} are decoded")
+    return height, width
+
+
+@contextmanager
+def _jpeg_errors_named(name: str) -> Iterator[None]:
+    try:
+        yield
+    except JpegFormatError as error:
+        kind = TruncatedImageError if "remature end" in str(error) else UnreadableImageError
+        raise kind(f"{name}: not a whole JPEG image ({error})") from error
+
+
+def _planar_size_chw(body: bytes | memoryview, name: str) -> tuple[int, int, int]:
     try:
         return planar_size_chw(body, MAX_IMAGE_PIXELS)
     except PlanarTooLargeError as error:
@@ -192,9 +223,9 @@ def _planar_size_chw(body: bytes, name: str) -> tuple[int, int, int]:
         raise UnreadableImageError(f"{name}: not a whole planar image ({error}); fetch it again") from error
 
 
-def _decode_planar(body: bytes, name: str, target: np.ndarray) -> None:
+def _decode_planar(body: bytes | memoryview, name: str, target: np.ndarray, *, bottom_up: bool = False) -> None:
     try:
-        decode_planar(body, target)
+        decode_planar(body, target, bottom_up=bottom_up)
     except PlanarFormatError as error:
         raise UnreadableImageError(f"{name}: not a whole planar image ({error}); fetch it again") from error
 
@@ -249,11 +280,12 @@ def is_plain_png(body: bytes, mode: ImageMode) -> bool:
     return body.startswith(_PNG_START) and body[24:26] == bytes([8, colour_type]) and body[28:29] == b"\0"
 
 
-def encode_image(image: np.ndarray, codec: ImageCodec, quality: int = 95) -> bytes:
+def encode_image(image: np.ndarray, codec: ImageCodec, quality: int = 95, chroma: Chroma = "444") -> bytes:
     """Encode ``(H, W)``, ``(H, W, 3)`` or, but for JPEG and planar, ``(H, W, 4)`` uint8.
 
-    PNG, WebP and planar (:mod:`pipeline.planar`) are lossless; ``quality`` is for JPEG and AVIF.
+    PNG, WebP and planar (:mod:`pipeline.planar`) are lossless; ``quality`` and ``chroma`` are for JPEG and AVIF.
     """
+    subsampling = ":".join(chroma)
     target = io.BytesIO()
     picture = Image.fromarray(np.ascontiguousarray(image))
     if codec == "png":
@@ -261,11 +293,11 @@ def encode_image(image: np.ndarray, codec: ImageCodec, quality: int = 95) -> byt
     elif codec == "webp":
         picture.save(target, "WEBP", lossless=True, exact=True, method=4, quality=50)
     elif codec == "jpeg":
-        picture.save(target, "JPEG", quality=quality, subsampling=0)
+        picture.save(target, "JPEG", quality=quality, subsampling=subsampling)
     elif codec == "planar":
         return encode_planar(image)
     else:
-        picture.save(target, "AVIF", quality=quality, subsampling="4:4:4")
+        picture.save(target, "AVIF", quality=quality, subsampling=subsampling)
     return target.getvalue()
 
 
@@ -287,7 +319,7 @@ def encode_array(array: np.ndarray) -> bytes:
     return zstandard.ZstdCompressor(level=_ZSTD_LEVEL, write_checksum=True).compress(target.getvalue())
 
 
-def decode_array(body: bytes, name: str, max_bytes: int | None = None) -> np.ndarray:
+def decode_array(body: bytes | memoryview, name: str, max_bytes: int | None = None) -> np.ndarray:
     """The array of a ``.npy.zst`` member; ``max_bytes`` bounds it with its header.
 
     Raises:

@@ -11,21 +11,25 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lipflow.errors import ShardSetError
-from pipeline.codecs import CodecError, decode_array, decode_image, decode_image_into
+from pipeline.codecs import CodecError, LosslessCodec, decode_array, decode_image, decode_image_into
 from pipeline.manifest import Manifest, SampleRecord
 from pipeline.pixel_memory import PixelMemory
-from pipeline.samples import AVERAGE_TEXTURE, FRAME, KEYPOINTS, VERTICES, headset_suffix, image_suffix
+from pipeline.samples import FRAME, KEYPOINTS, VERTICES, average_texture_suffix, headset_suffix, image_suffix
 
 _NPY_HEADER_BYTES = 1024
 
-MemberReader = Callable[[int, int], bytes]
-"""Reads (offset, size) of a shard."""
+MemberReader = Callable[[int, int], bytes | memoryview]
+"""Reads (offset, size) of a shard; the bytes are valid until the same thread reads again."""
+FramePiece = Callable[[MemberReader], None]
+"""Decodes a part of a frame."""
 
 
 @dataclass
@@ -99,6 +103,7 @@ class FrameReader:
         self._memory = PixelMemory(kept_batches)
         self._manifest = manifest
         self._codec = str(manifest.config["codec"])
+        self._average_texture = average_texture_suffix(manifest.texture_codec)
         self.with_headset = "hmc" in signals and bool(manifest.headset_cameras)
         self.with_frontal = "frontal" in signals and manifest.frontal_camera_id is not None
         has_points = bool(manifest.keypoint_names) and manifest.frontal_camera_id is not None
@@ -120,7 +125,7 @@ class FrameReader:
     def suffixes(self, camera_ids: Sequence[str | None]) -> Iterator[str]:
         """The members that :meth:`read` looks for, those that a frame may lack among them."""
         frontal_id = self._manifest.frontal_camera_id if self.with_frontal else None
-        yield from (VERTICES, AVERAGE_TEXTURE, FRAME)
+        yield from (VERTICES, self._average_texture, FRAME)
         if self.with_keypoints:
             yield KEYPOINTS
         if self.with_headset:
@@ -142,25 +147,59 @@ class FrameReader:
         Raises:
             ShardSetError: a member is absent or damaged.
         """
-        present = np.zeros(len(camera_ids), bool)
-        for place, camera_id in enumerate(camera_ids):
-            present[place] = self._image(sample, read, camera_id, pixels.images[place])
-        vertices = self._vertices(sample, read)
-        _image_member(sample, read, AVERAGE_TEXTURE, pixels.average_texture, bottom_up=True)
-        frame = FrameArrays(vertices, _head_pose(sample, read), present)
-        if pixels.frontal is not None:
-            frontal_id = self._manifest.frontal_camera_id
-            if frontal_id in camera_ids:
-                place = camera_ids.index(frontal_id)
-                pixels.frontal[...] = pixels.images[place]
-                frame.frontal_present = bool(present[place])
-            else:
-                frame.frontal_present = self._image(sample, read, frontal_id, pixels.frontal)
+        frame, pieces = self.pieces(sample, camera_ids, pixels)
+        for piece in pieces:
+            piece(read)
+        return frame
+
+    def pieces(
+        self, sample: SampleRecord, camera_ids: Sequence[str | None], pixels: FramePixels
+    ) -> tuple[FrameArrays, list[FramePiece]]:
+        """What :meth:`read` does as pieces for any threads, in any order: image by image, then all the rest.
+
+        Returns:
+            The frame, whole once all pieces were called, and the pieces, each of which may raise as :meth:`read` does.
+        """
+        frame = FrameArrays(
+            vertices=np.empty((self._manifest.num_vertices, 3), np.float32),
+            world_from_head=np.empty((3, 4)),
+            view_present=np.zeros(len(camera_ids), bool),
+        )
+        frontal_id = self._manifest.frontal_camera_id
+        pieces: list[FramePiece] = [
+            partial(self._view, sample, frame, pixels, place, camera_id) for place, camera_id in enumerate(camera_ids)
+        ]
+        if pixels.frontal is not None and frontal_id not in camera_ids:
+            pieces.append(partial(self._frontal, sample, frame, pixels.frontal))
+        pieces.append(partial(self._rest, sample, frame, pixels))
+        return frame, pieces
+
+    def _view(
+        self,
+        sample: SampleRecord,
+        frame: FrameArrays,
+        pixels: FramePixels,
+        place: int,
+        camera_id: str | None,
+        read: MemberReader,
+    ) -> None:
+        present = self._image(sample, read, camera_id, pixels.images[place])
+        frame.view_present[place] = present
+        if pixels.frontal is not None and camera_id is not None and camera_id == self._manifest.frontal_camera_id:
+            pixels.frontal[...] = pixels.images[place]
+            frame.frontal_present = present
+
+    def _frontal(self, sample: SampleRecord, frame: FrameArrays, target: np.ndarray, read: MemberReader) -> None:
+        frame.frontal_present = self._image(sample, read, self._manifest.frontal_camera_id, target)
+
+    def _rest(self, sample: SampleRecord, frame: FrameArrays, pixels: FramePixels, read: MemberReader) -> None:
+        _image_member(sample, read, self._average_texture, pixels.average_texture, bottom_up=True)
+        frame.vertices[...] = self._vertices(sample, read)
+        frame.world_from_head[...] = _head_pose(sample, read)
         if self.with_headset:
             frame.headset, frame.headset_present = self._headset(sample, read)
         if self.with_keypoints:
             frame.keypoints = self._keypoints(sample, read)
-        return frame
 
     def read_view(self, sample: SampleRecord, read: MemberReader, camera_id: str, target: np.ndarray) -> bool:
         """Decode one view into ``target (3, H, W)`` uint8; False, and zeros, if the frame lacks it.
@@ -212,7 +251,7 @@ class FrameReader:
 
 def _head_pose(sample: SampleRecord, read: MemberReader) -> np.ndarray:
     try:
-        pose = np.array(json.loads(_member(sample, read, FRAME))["world_from_head"], np.float64)
+        pose = np.array(json.loads(bytes(_member(sample, read, FRAME)))["world_from_head"], np.float64)
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ShardSetError(f"{sample.frame_id}.{FRAME}: no head pose ({error}); shard the capture again") from error
     if pose.shape != (3, 4) or not np.isfinite(pose).all():
@@ -220,10 +259,17 @@ def _head_pose(sample: SampleRecord, read: MemberReader) -> np.ndarray:
     return pose
 
 
+def average_texture_member(sample: SampleRecord) -> str:
+    """The suffix of the frame's average texture, in whichever codec it is."""
+    suffixes = [average_texture_suffix(codec) for codec in get_args(LosslessCodec)]
+    return next((suffix for suffix in suffixes if suffix in sample.members), suffixes[0])
+
+
 def decode_mesh_and_texture(sample: SampleRecord, read: MemberReader) -> tuple[np.ndarray, np.ndarray]:
     """Texture ``(3, T, T)`` uint8, row 0 is v = 0, and vertices ``(V, 3)`` of a frame."""
-    with _errors_named(sample, AVERAGE_TEXTURE) as name:
-        texture = decode_image(_member(sample, read, AVERAGE_TEXTURE), name)
+    suffix = average_texture_member(sample)
+    with _errors_named(sample, suffix) as name:
+        texture = decode_image(bytes(_member(sample, read, suffix)), name)
     return np.ascontiguousarray(texture[::-1].transpose(2, 0, 1)), _array_member(sample, read, VERTICES)
 
 
@@ -235,7 +281,7 @@ def _errors_named(sample: SampleRecord, suffix: str) -> Iterator[str]:
         raise ShardSetError(f"{error}; the shard is damaged, fetch it or shard again") from error
 
 
-def _member(sample: SampleRecord, read: MemberReader, suffix: str) -> bytes:
+def _member(sample: SampleRecord, read: MemberReader, suffix: str) -> bytes | memoryview:
     if suffix not in sample.members:
         raise ShardSetError(f"{sample.frame_id}: the sample has no {suffix}; shard the capture again")
     offset, size, _ = sample.members[suffix]

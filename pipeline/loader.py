@@ -1,7 +1,7 @@
 """Batches of F frames x K views for training.
 
 The order is that of :mod:`pipeline.order`; shards come through :mod:`pipeline.cache`, fetched and checked before they
-are needed; frames are decoded by a pool of threads, some batches ahead, straight into the memory of their batch. What
+are needed; images are decoded by a pool of threads, some batches ahead, straight into the memory of their batch. What
 touches pixels gives the GIL back. Pixels stay uint8 until they are on the training device, where the model normalises
 them. Going on in the middle of an epoch takes no more than its number: nothing that was seen is read again. Errors are
 raised, never skipped.
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +27,7 @@ from lipflow.errors import ConfigError, ShardSetError
 from lipflow.types import DRIVING_SIGNALS, FrameBatch, map_tensors
 from pipeline import storage
 from pipeline.cache import ShardCache, ShardCheck
-from pipeline.frames import BatchPixels, FrameArrays, FramePixels, FrameReader, MemberReader
+from pipeline.frames import BatchPixels, FrameArrays, FramePiece, FrameReader, MemberReader
 from pipeline.manifest import SampleRecord
 from pipeline.order import PADDING, Order
 from pipeline.samples import image_suffix
@@ -39,6 +40,8 @@ PADDING_FRAME_ID = ""
 
 _LOCAL_CHECKS, _REMOTE_SHARDS, _REMOTE_MEMBERS = 1, 4, 16
 """Threads that make shards ready, or read single members, which wait for the network most of their time."""
+_JOBS_PER_THREAD = 2
+"""Of each batch: one would leave threads waiting for the one whose images are slower."""
 _WORTH_SINGLE_READS = 0.25
 """The share of a shard's bytes below which its members are read alone: small requests cost more a byte."""
 
@@ -99,7 +102,8 @@ class _Waiting:
     frames: np.ndarray
     views: np.ndarray
     pixels: BatchPixels
-    arrays: list[Future[FrameArrays]]
+    arrays: list[FrameArrays]
+    jobs: list[Future[None]]
 
 
 class ShardLoader:
@@ -237,7 +241,8 @@ class ShardLoader:
     ) -> _Waiting:
         views = np.full((len(batch), self._config.views_per_frame), PADDING, np.int64)
         pixels = self._reader.allocate(*views.shape, pinned=self._pinned)
-        futures = []
+        arrays: list[FrameArrays] = []
+        pieces: list[Callable[[], None]] = []
         for place, (visited, group) in enumerate(batch):
             frame = filler if visited == PADDING else int(visited)
             if visited != PADDING:
@@ -245,22 +250,29 @@ class ShardLoader:
             camera_ids = [None if view == PADDING else self._camera_ids[view] for view in views[place]]
             sample = self._frames[frame]
             members = reads.request(int(self._shard_of_frame[frame]), sample, self._reader.suffixes(camera_ids))
-            futures.append(pool.submit(self._decode, sample, members, camera_ids, pixels.frame(place)))
-        return _Waiting(batch[:, 0], views, pixels, futures)
-
-    def _decode(
-        self,
-        sample: SampleRecord,
-        members: Callable[[], MemberReader],
-        camera_ids: Sequence[str | None],
-        pixels: FramePixels,
-    ) -> FrameArrays:
-        return self._reader.read(sample, members(), camera_ids, pixels)
+            frame_arrays, frame_pieces = self._reader.pieces(sample, camera_ids, pixels.frame(place))
+            arrays.append(frame_arrays)
+            pieces += [partial(_decode, piece, members) for piece in frame_pieces]
+        # By image and not by frame, so that all threads are busy with a batch of few frames; and some at a time, since
+        # small images take little longer than what a job of a pool costs.
+        jobs = min(len(pieces), _JOBS_PER_THREAD * self._config.decode_threads)
+        futures = [pool.submit(_call_all, pieces[job::jobs]) for job in range(jobs)]
+        return _Waiting(batch[:, 0], views, pixels, arrays, futures)
 
     def _collect(self, batch: _Waiting) -> FrameBatch:
-        arrays = [future.result() for future in batch.arrays]
+        for job in batch.jobs:
+            job.result()
         ids = [PADDING_FRAME_ID if frame == PADDING else self._frames[frame].frame_id for frame in batch.frames]
-        return self._set.batch(ids, arrays, batch.pixels, self._places[np.maximum(batch.views, 0)])
+        return self._set.batch(ids, batch.arrays, batch.pixels, self._places[np.maximum(batch.views, 0)])
+
+
+def _decode(piece: FramePiece, members: Callable[[], MemberReader]) -> None:
+    piece(members())
+
+
+def _call_all(pieces: Sequence[Callable[[], None]]) -> None:
+    for piece in pieces:
+        piece()
 
 
 def prefetch_to_device(batches: Iterable[FrameBatch], device: torch.device | str) -> Iterator[FrameBatch]:

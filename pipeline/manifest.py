@@ -7,7 +7,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import pydantic
@@ -17,7 +17,7 @@ from lipflow.config import StrictConfig
 from lipflow.errors import ShardSetError
 from lipflow.types import Camera
 from pipeline import storage
-from pipeline.codecs import EXTENSION_OF_CODEC
+from pipeline.codecs import EXTENSION_OF_CODEC, LosslessCodec
 from pipeline.sealing import ChecksumError, seal, unseal
 from pipeline.splits import Split
 
@@ -27,7 +27,7 @@ _SAFE_NAME = re.compile(r"[^/\\.\x00-\x1f][^/\\\x00-\x1f]*")
 _FRAME_ID = re.compile(r"(?!\.{1,2}/)[^/\\\x00-\x1f]+/[^/\\.\x00-\x1f]+")
 _MAX_VERTICES = 10_000_000
 _MAX_SIDE = 2**15
-_NEEDED = frozenset({"verts.npy.zst", "avgtex.png", "frame.json"})
+_NEEDED = frozenset({"verts.npy.zst", "frame.json"})
 _OPTIONAL = frozenset({"keypoints.npy.zst"})
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -144,6 +144,9 @@ class Manifest(StrictConfig):
         extension = EXTENSION_OF_CODEC.get(str(self.config.get("codec")))
         if extension is None:
             raise ValueError(f"config.codec is {self.config.get('codec')!r}, no known image codec")
+        if self.config.get("texture_codec") not in get_args(LosslessCodec):
+            raise ValueError(f"config.texture_codec is {self.config.get('texture_codec')!r}, no lossless image codec")
+        needed = _NEEDED | {f"avgtex.{EXTENSION_OF_CODEC[self.texture_codec]}"}
         cameras = [camera.camera_id for camera in self.cameras]
         samples = [(shard, sample) for shard in self.shards for sample in shard.samples]
         for name, ids in (
@@ -169,8 +172,8 @@ class Manifest(StrictConfig):
         headset = {f"hmc-{camera.camera_id}.png" for camera in self.headset_cameras}
         for shard, sample in samples:
             other = sample.members.keys() - images.keys() - textures - headset
-            if not _NEEDED <= other <= _NEEDED | _OPTIONAL:
-                odd = min(other ^ _NEEDED)
+            if not needed <= other <= needed | _OPTIONAL:
+                odd = min(other ^ needed)
                 raise ValueError(f"{sample.frame_id}.{odd}: an unknown member, or one that is absent")
             absent = {camera_id for suffix, camera_id in images.items() if suffix not in sample.members}
             if absent != set(sample.missing_views):
@@ -221,6 +224,11 @@ class Manifest(StrictConfig):
         content = self.model_dump(mode="json", exclude={"capture_uri", "shards"})
         content["shards"] = [(shard.name, shard.sha256, shard.size_bytes) for shard in self.shards]
         return canonical_sha256(content)
+
+    @property
+    def texture_codec(self) -> LosslessCodec:
+        """Of the average textures."""
+        return self.config["texture_codec"]
 
     def missing_views(self) -> Iterator[tuple[str, str]]:
         """All (frame id, camera id) without an image."""

@@ -14,9 +14,9 @@ import numpy as np
 
 from lipflow.errors import ShardSetError
 from pipeline import storage
-from pipeline.frames import MemberReader, decode_mesh_and_texture
+from pipeline.frames import MemberReader, average_texture_member, decode_mesh_and_texture
 from pipeline.manifest import Place, SampleRecord
-from pipeline.samples import AVERAGE_TEXTURE, VERTICES
+from pipeline.samples import VERTICES
 from pipeline.sealing import ChecksumError
 
 _HEADER_BYTES = 512
@@ -56,7 +56,8 @@ def read_mesh_and_texture(shard_uri: str, sample: SampleRecord) -> tuple[np.ndar
         ShardSetError: as :func:`fetch_members`.
         StorageError: the shard cannot be read.
     """
-    return decode_mesh_and_texture(sample, fetch_members(shard_uri, sample, (VERTICES, AVERAGE_TEXTURE)))
+    suffixes = (VERTICES, average_texture_member(sample))
+    return decode_mesh_and_texture(sample, fetch_members(shard_uri, sample, suffixes))
 
 
 def check_crc32(body: bytes, expected: int, source: str) -> None:

@@ -108,7 +108,7 @@ def encode_planar(image: np.ndarray) -> bytes:
     return header + _CRC.pack(zlib.crc32(header)) + packed
 
 
-def planar_size_chw(body: bytes, max_pixels: int) -> tuple[int, int, int]:
+def planar_size_chw(body: bytes | memoryview, max_pixels: int) -> tuple[int, int, int]:
     """(channels, height, width) from the header, which is checked; nothing is allocated.
 
     Raises:
@@ -131,8 +131,13 @@ def planar_size_chw(body: bytes, max_pixels: int) -> tuple[int, int, int]:
     return channels, height, width
 
 
-def decode_planar(body: bytes, target: np.ndarray) -> None:
+def decode_planar(body: bytes | memoryview, target: np.ndarray, *, bottom_up: bool = False) -> None:
     """Decode into ``target (C, H, W)`` uint8, whose rows are contiguous; on an error its content is undefined.
+
+    Args:
+        body: the file.
+        target: the planes.
+        bottom_up: whether row 0 of ``target`` is the bottom of the file.
 
     Raises:
         PlanarFormatError: damage of any kind.
@@ -158,7 +163,7 @@ def decode_planar(body: bytes, target: np.ndarray) -> None:
     if received != size or not ended:
         raise PlanarFormatError(f"{received} bytes of pixels came out, expected {size}")
     rows = residuals.reshape(channels, height, stride)
-    _sums(rows, rows.view("<u8"), target)
+    _sums(rows, rows.view("<u8"), target, bottom_up)
 
 
 def _stride(width: int) -> int:
@@ -166,30 +171,32 @@ def _stride(width: int) -> int:
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def _sums(rows: np.ndarray, words: np.ndarray, target: np.ndarray) -> None:
+def _sums(rows: np.ndarray, words: np.ndarray, target: np.ndarray, bottom_up: bool) -> None:
     """Sum residuals ``rows (C, H, stride)`` along x and y into the planes of ``target (C, H, W)``.
 
     Args:
         rows: in file order; they are overwritten.
         words: the same memory, ``(C, H, stride / 8)``: eight pixels a word, the leftmost in its lowest byte.
         target: red, green, blue; or grey.
+        bottom_up: whether the last row comes first in ``target``.
     """
     channels, height, width = target.shape
     first = target[channels // 2]
+    top, down = (height - 1, -1) if bottom_up else (0, 1)
     for y in range(height):
         _sum_along_x(words[0, y])
-        row, out = rows[0, y], first[y]
+        row, out = rows[0, y], first[top + down * y]
         if y == 0:
             out[:] = row[:width]
         else:
-            above = first[y - 1]
+            above = first[top + down * (y - 1)]
             for x in range(width):
                 out[x] = row[x] + above[x]
     for channel in range(1, channels):
         plane = target[2 * channel - 2]
         for y in range(height):
             _sum_along_x(words[channel, y])
-            row, green, out = rows[channel, y], first[y], plane[y]
+            row, green, out = rows[channel, y], first[top + down * y], plane[top + down * y]
             if y > 0:
                 above = rows[channel, y - 1]
                 for x in range(len(row)):

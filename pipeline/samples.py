@@ -3,7 +3,7 @@
 ::
 
     SEG/FRAME.verts.npy.zst       (V, 3) float32 mm, head frame
-    SEG/FRAME.avgtex.png          average texture, row 0 is v = 1
+    SEG/FRAME.avgtex.plz          average texture, row 0 is v = 1; lossless, see pipeline.planar (or .png, .webp)
     SEG/FRAME.keypoints.npy.zst   (L, 3) float32 x_px, y_px, confidence; pixels of the stored frontal image
     SEG/FRAME.hmc-NAME.png        headset views, monochrome
     SEG/FRAME.CAMERA.image.png    camera images, at the stored size
@@ -28,8 +28,10 @@ from pipeline.capture import Capture, CaptureFrame
 from pipeline.capture_errors import check_image_size
 from pipeline.codecs import (
     EXTENSION_OF_CODEC,
+    Chroma,
     CodecError,
     ImageCodec,
+    LosslessCodec,
     ResizeFilter,
     decode_any_image,
     encode_array,
@@ -44,7 +46,7 @@ from pipeline.unwrapping import FrameUnwrapper
 
 _Read = TypeVar("_Read")
 
-VERTICES, AVERAGE_TEXTURE, KEYPOINTS, FRAME = "verts.npy.zst", "avgtex.png", "keypoints.npy.zst", "frame.json"
+VERTICES, KEYPOINTS, FRAME = "verts.npy.zst", "keypoints.npy.zst", "frame.json"
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class SampleSettings:
         texture_size: of the stored textures.
         codec: of the camera images.
         quality: of a lossy codec.
+        chroma: sampling of the colour differences of a lossy codec.
+        texture_codec: of the average texture; lossless.
         resize_filter: for images and textures.
         store_view_textures: whether textures of single cameras are stored.
         unwrap_camera_ids: the cameras from which a missing average texture is made; held-out ones are not among
@@ -66,6 +70,8 @@ class SampleSettings:
     texture_size: int
     codec: ImageCodec
     quality: int
+    chroma: Chroma
+    texture_codec: LosslessCodec
     resize_filter: ResizeFilter
     store_view_textures: bool
     unwrap_camera_ids: tuple[str, ...]
@@ -74,6 +80,11 @@ class SampleSettings:
 def image_suffix(camera_id: str, codec: str) -> str:
     """The member of a camera's image, such as ``400029.image.png``."""
     return f"{camera_id}.image.{EXTENSION_OF_CODEC[codec]}"
+
+
+def average_texture_suffix(codec: str) -> str:
+    """The member of the average texture, such as ``avgtex.plz``."""
+    return f"avgtex.{EXTENSION_OF_CODEC[codec]}"
 
 
 def view_texture_suffix(camera_id: str) -> str:
@@ -154,7 +165,7 @@ class SampleEncoder:
         self, source: CaptureFrame, sample: FrameSample, vertices: np.ndarray, texture: bytes, facts: dict
     ) -> Iterator[tuple[str, bytes]]:
         yield VERTICES, encode_array(vertices)
-        yield AVERAGE_TEXTURE, texture
+        yield average_texture_suffix(self.settings.texture_codec), texture
         keypoints = self._attempt(source.source_of("keypoints"), lambda: self._keypoints(source))
         if keypoints is not None:
             yield KEYPOINTS, encode_array(keypoints)
@@ -243,9 +254,10 @@ class SampleEncoder:
             body = source.average_texture_file()
             if body is None:
                 return None
+            codec = self.settings.texture_codec
             image = decode_any_image(body, path)
-            if image.shape[:2] != self._texture_size_hw or not is_plain_png(body, "RGB"):
-                body = encode_image(resize_image(image, self._texture_size_hw, self.settings.resize_filter), "png")
+            if codec != "png" or image.shape[:2] != self._texture_size_hw or not is_plain_png(body, "RGB"):
+                body = encode_image(resize_image(image, self._texture_size_hw, self.settings.resize_filter), codec)
             return body, {"average_texture": "capture"}
 
         return self._attempt(path, encoded)
@@ -280,7 +292,7 @@ class SampleEncoder:
             raise CaptureError("no average texture, and no image from which to make one")
         facts = {"average_texture": "unwrapped", "texture_seen_fraction": self._unwrapper.seen_fraction(seen)}
         rows = average.round().clamp(0, 255).byte().permute(1, 2, 0).numpy()[::-1]
-        return encode_image(np.ascontiguousarray(rows), "png"), facts
+        return encode_image(np.ascontiguousarray(rows), self.settings.texture_codec), facts
 
     def _encode(self, image: np.ndarray, body: bytes | None, size_hw: tuple[int, int]) -> bytes:
         """``image`` as it is stored; the captured ``body`` itself where that is the same."""
@@ -292,4 +304,5 @@ class SampleEncoder:
             and is_plain_png(body, "RGB")
         ):
             return body
-        return encode_image(resize_image(image, size_hw, settings.resize_filter), settings.codec, settings.quality)
+        resized = resize_image(image, size_hw, settings.resize_filter)
+        return encode_image(resized, settings.codec, settings.quality, settings.chroma)

@@ -13,7 +13,7 @@ from lipflow.errors import ConfigError
 from pipeline.capture import Capture, require_pinhole
 from pipeline.captures.opening import open_capture
 from pipeline.captures.view import SelectedCameras
-from pipeline.codecs import ImageCodec, ResizeFilter, check_codec
+from pipeline.codecs import Chroma, ImageCodec, LosslessCodec, ResizeFilter, check_codec
 from pipeline.driving.driven import DrivingConfig, with_driving
 from pipeline.manifest import FORMAT_VERSION, CameraRecord, canonical_sha256
 from pipeline.samples import SampleSettings
@@ -32,6 +32,11 @@ class ShardConfig(StrictConfig):
         texture_size: of the stored textures; None: as captured.
         codec: of the camera images; meshes, textures and headset views are always lossless.
         quality: of the lossy codecs.
+        chroma: of the lossy codecs: ``"420"`` stores the differences of colour at half the size each way. On a real
+            photo as jpeg at quality 95 that is 42.7 dB in place of 43.7, three quarters of the bytes, and seven tenths
+            of the time to decode.
+        texture_codec: of the average textures, all lossless. ``planar`` (:mod:`pipeline.planar`) decodes in a seventh
+            of PNG's time; ``png`` is a format that everything reads, and passes the capture's files through.
         resize_filter: ``box`` averages the pixels that fall into one; ``lanczos`` is sharper and rings.
         target_shard_bytes: size of a shard, from which the number of its frames is chosen: a few frames are encoded
             to learn their size.
@@ -50,6 +55,8 @@ class ShardConfig(StrictConfig):
     texture_size: int | None = Field(default=None, gt=0)
     codec: ImageCodec = "png"
     quality: int = Field(default=95, ge=1, le=100)
+    chroma: Chroma = "444"
+    texture_codec: LosslessCodec = "planar"
     resize_filter: ResizeFilter = "box"
     target_shard_bytes: int = Field(default=256 * 2**20, gt=0)
     frames_per_shard: int | None = Field(default=None, gt=0)
@@ -128,6 +135,7 @@ def plan_shards(capture: Capture, config: ShardConfig) -> ShardPlan:
         ConfigError: splits or sizes that do not fit the capture, or a codec that is not installed.
     """
     check_codec(config.codec)
+    check_codec(config.texture_codec)
     pinholes = (
         capture.headset_cameras if config.distortion == "undistort" else (*capture.cameras, *capture.headset_cameras)
     )
@@ -165,6 +173,8 @@ def sample_settings(capture: Capture, config: ShardConfig) -> SampleSettings:
         texture_size=config.texture_size or capture.texture_size,
         codec=config.codec,
         quality=config.quality,
+        chroma=config.chroma,
+        texture_codec=config.texture_codec,
         resize_filter=config.resize_filter,
         store_view_textures=config.store_view_textures,
         unwrap_camera_ids=tuple(split_cameras(capture, config.splits)[0]),

@@ -30,10 +30,10 @@ from pipeline.codecs import (
 from pipeline.manifest import MANIFEST_NAME, Manifest, SampleRecord, ShardRecord
 from pipeline.member_reads import check_crc32
 from pipeline.samples import (
-    AVERAGE_TEXTURE,
     FRAME,
     KEYPOINTS,
     VERTICES,
+    average_texture_suffix,
     headset_suffix,
     image_suffix,
     view_texture_suffix,
@@ -256,7 +256,7 @@ def _decode_numbers(body: bytes, shape: tuple[int, int], source: str) -> np.ndar
 
 def _expected_image(suffix: str, source: str, manifest: Manifest) -> tuple[ImageMode, tuple[int, int]]:
     texture_size_hw = (manifest.texture_size, manifest.texture_size)
-    if suffix == AVERAGE_TEXTURE:
+    if suffix == average_texture_suffix(manifest.texture_codec):
         return "RGB", texture_size_hw
     codec = str(manifest.config["codec"])
     for camera in manifest.cameras:

@@ -114,9 +114,27 @@ def s3_filesystem(*, for_libraries: bool = False) -> S3FileSystem:
     Args:
         for_libraries: one that retries by itself, by botocore's standard mode, for code that is not ours.
     """
+    return _s3_filesystem(os.getpid(), s3_environment(), for_libraries)
+
+
+def s3_environment() -> tuple[tuple[str, str], ...]:
+    """The variables on which a client depends."""
     names = ("AWS_", "LIPFLOW_S3_")
-    environment = tuple(sorted(item for item in os.environ.items() if item[0].startswith(names)))
-    return _s3_filesystem(os.getpid(), environment, for_libraries)
+    return tuple(sorted(item for item in os.environ.items() if item[0].startswith(names)))
+
+
+def client_settings(endpoint: str | None) -> dict[str, Any]:
+    """The arguments of botocore's ``Config`` for a server: each request is tried once."""
+    server = settings_for_endpoint(endpoint)
+    return {
+        "s3": {"addressing_style": server.addressing_style},
+        "request_checksum_calculation": server.checksums,
+        "response_checksum_validation": server.checksums,
+        "retries": {"total_max_attempts": 1},
+        "max_pool_connections": 64,
+        "connect_timeout": _CONNECT_TIMEOUT_S,
+        "read_timeout": number_from_environment("LIPFLOW_S3_READ_TIMEOUT_S", 30.0, least=0.001),
+    }
 
 
 def get_object(path: str) -> bytes:
@@ -195,7 +213,7 @@ async def _get(
     response = await client.get_object(**arguments)
     try:
         if length is not None:
-            _check_range(response.get("ContentRange"), place, offset, length)
+            check_range(response.get("ContentRange"), place, offset, length)
         body = cast("bytes", await response["Body"].read())
     finally:
         response["Body"].close()
@@ -205,7 +223,7 @@ async def _get(
     return body
 
 
-def _check_range(content_range: str | None, place: dict[str, str], offset: int, length: int) -> None:
+def check_range(content_range: str | None, place: dict[str, str], offset: int, length: int) -> None:
     """Compare ``bytes FIRST-LAST/TOTAL`` with what was asked, before any of it is read."""
     match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", content_range or "")
     if match is None or int(match[1]) != offset:
@@ -222,17 +240,9 @@ def _s3_filesystem(process_id: int, environment: tuple[tuple[str, str], ...], fo
     from s3fs import S3FileSystem
 
     endpoint = configured_endpoint()
-    server = settings_for_endpoint(endpoint)
-    retries = {"mode": "standard", "total_max_attempts": RetrySettings.from_environment().max_attempts}
-    config: dict[str, Any] = {
-        "s3": {"addressing_style": server.addressing_style},
-        "request_checksum_calculation": server.checksums,
-        "response_checksum_validation": server.checksums,
-        "retries": retries if for_libraries else {"total_max_attempts": 1},
-        "max_pool_connections": 64,
-        "connect_timeout": _CONNECT_TIMEOUT_S,
-        "read_timeout": number_from_environment("LIPFLOW_S3_READ_TIMEOUT_S", 30.0, least=0.001),
-    }
+    config = client_settings(endpoint)
+    if for_libraries:
+        config["retries"] = {"mode": "standard", "total_max_attempts": RetrySettings.from_environment().max_attempts}
     return S3FileSystem(endpoint_url=endpoint, config_kwargs=config, use_listings_cache=False, skip_instance_cache=True)
 
 

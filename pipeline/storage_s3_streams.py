@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import io
 import logging
-import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from pipeline.storage_s3 import (
     retrying,
     send_once,
 )
+from pipeline.storage_s3_bulk import copy_range
 
 _PART_BYTES = 16 * 2**20
 _PARALLEL_RANGES = 4
@@ -37,8 +37,7 @@ def fetch_to_file(path: str, target: Path) -> None:
     with target.open("wb") as stream, ThreadPoolExecutor(_PARALLEL_RANGES) as pool:
 
         def copy(offset: int) -> None:
-            body = get_range(path, offset, min(_PART_BYTES, size - offset), etag)
-            os.pwrite(stream.fileno(), body, offset)
+            copy_range(path, offset, min(_PART_BYTES, size - offset), etag, stream.fileno())
 
         for _ in pool.map(copy, range(0, size, _PART_BYTES)):
             pass

@@ -6,9 +6,10 @@ Rows, each in a process of its own, pinned to one core or to two:
   texture are decoded for every view, to float32, and normalised. ``naive, 2 PNG`` leaves the view texture out, which
   our loader does not read: what it gives is what ours gives, so it is the one to compare with.
 - ``webdataset``, ``streaming``, ``litdata``: one sample a view, photo and average texture; with ``photo alone`` no
-  texture is decoded at all, which is less than what ours does.
-- ``ours``: one sample a frame; the average texture is decoded once a frame, and then its views.
-- ``limit``: the same codec in a bare loop over the very same members in memory, pixels left where it puts them. Two
+  texture is decoded at all, which is less than what ours does. Their average textures are PNG.
+- ``ours``: one sample a frame; the average texture, as ``texture_codec`` stores it by default, is decoded once a frame,
+  and then its views.
+- ``limit``: the same codecs in a bare loop over the very same members in memory, pixels left where it puts them. Two
   workers are two processes.
 
 All passes of a group are taken in turns and ratios are medians over pairs of passes, so that a machine whose speed

@@ -17,6 +17,8 @@ import loader_pictures as pictures
 from loader_pictures import PHOTO_SIZE_HW, TRAINING_SIZE_HW, StoredImages
 from timed_rows import Pass, Row, RowError
 
+from pipeline.codecs import decode_image, encode_image
+
 CAMERAS = 8
 NAIVE_EQUAL, NAIVE_FULL, LIMIT, OURS = "naive, 2 PNG", "naive, 3 PNG", "limit", "ours"
 _NAIVE_VIEWS = 4
@@ -32,7 +34,6 @@ class Group:
         copies: of each frame in an epoch; an even number of frames, of which two workers get as many each.
         times_naive: wanted views per second, in those of the naive loader; None: it is not among the rows.
         peers: the other libraries that read the same files, those with ``photo alone`` without an average texture.
-        half_chroma: JPEG with 4:2:0.
         quick: whether ``--quick`` measures it.
         quick_peers: whether it measures the peers as well.
     """
@@ -41,28 +42,29 @@ class Group:
     copies: int
     times_naive: float | None = None
     peers: tuple[str, ...] = ()
-    half_chroma: bool = False
     quick: bool = False
     quick_peers: bool = False
 
     @property
     def name(self) -> str:
         """In the tables, and of its folder."""
-        return self.stored.name + ("-420" if self.half_chroma else "")
+        return self.stored.name
 
 
 _PEERS = ("webdataset", "streaming", "litdata")
 _PHOTO_ALONE = ", photo alone"
 _JPEG = StoredImages("jpeg", "jpeg", PHOTO_SIZE_HW)
+_JPEG_420 = StoredImages("jpeg-420", "jpeg", PHOTO_SIZE_HW, "420")
 _JPEG_HALF = StoredImages("jpeg-half", "jpeg", TRAINING_SIZE_HW)
+_JPEG_HALF_420 = StoredImages("jpeg-half-420", "jpeg", TRAINING_SIZE_HW, "420")
 GROUPS = (
     Group(StoredImages("png", "png", PHOTO_SIZE_HW), 2, 2, _PEERS, quick=True),
     Group(StoredImages("webp", "webp", PHOTO_SIZE_HW), 2),
     Group(StoredImages("planar", "planar", PHOTO_SIZE_HW), 4, 4, quick=True),
     Group(_JPEG, 4, 8, (*_PEERS, *(name + _PHOTO_ALONE for name in _PEERS[1:])), quick=True, quick_peers=True),
-    Group(_JPEG, 4, half_chroma=True),
+    Group(_JPEG_420, 4, 8),
     Group(_JPEG_HALF, 6, 40, _PEERS, quick=True),
-    Group(_JPEG_HALF, 6, half_chroma=True),
+    Group(_JPEG_HALF_420, 6, 40),
 )
 
 
@@ -134,40 +136,37 @@ def prepare(options: Options, groups: list[Group]) -> None:
         pictures.write_capture(capture, CAMERAS, options.frames, options.face)
         (options.scratch / "capture.done").touch()
     base = options.scratch / "base"
-    stored = list({group.stored.name: group.stored for group in groups}.values())
-    pictures.write_sets(capture, base, [one for one in stored if not (base / one.name / "manifest.json").exists()])
+    stored = [group.stored for group in groups if not (base / group.name / "manifest.json").exists()]
+    pictures.write_sets(capture, base, stored)
     for group in groups:
         target = sets_folder(options) / group.name
         if not (target / "manifest.json").exists():
             shutil.rmtree(target, ignore_errors=True)
-            source = base / group.stored.name
-            pictures.repeat_set(source, target, options.copies(group), half_chroma=group.half_chroma)
+            pictures.repeat_set(base / group.stored.name, target, options.copies(group))
 
 
 def measure(group: Group, options: Options) -> Measured:
     """All rows of a group in turns; a first pass of each is thrown away, which checks digests and starts workers."""
     note(f"measuring {group.name}")
     measured = Measured(group)
-    rows: dict[str, tuple[Row, tuple[int, ...]]] = {}
+    rows: list[tuple[_RowPlan, Row]] = []
     plans = [*_own_plans(group, options), *_peer_plans(group, options, measured)]
     try:
-        for plan in plans:
-            rows[plan.name] = (_row(plan.command, options), plan.workers)
-        for plan in plans:
+        rows += [(plan, _row(plan.command, options)) for plan in plans]
+        for plan, row in list(rows):
             try:
-                rows[plan.name][0].wait_until_ready()
-                for workers in plan.workers if plan.name == OURS else plan.workers[-1:]:
-                    rows[plan.name][0].run_pass(workers)
+                row.wait_until_ready()
+                row.run_pass(plan.workers[-1])
             except RowError as error:
                 measured.absent[plan.name] = str(error)
-                rows.pop(plan.name)[0].close()
+                rows.remove((plan, row))
+                row.close()
         for repeat in range(options.repeats):
-            for name in list(rows)[:: 1 if repeat % 2 == 0 else -1]:
-                row, counts = rows[name]
-                for workers in counts:
-                    measured.passes.setdefault((name, workers), []).append(row.run_pass(workers))
+            for plan, row in rows[:: 1 if repeat % 2 == 0 else -1]:
+                for workers in plan.workers:
+                    measured.passes.setdefault((plan.name, workers), []).append(row.run_pass(workers))
     finally:
-        for row, _ in rows.values():
+        for _, row in rows:
             row.close()
     order = [(plan.name, workers) for plan in plans for workers in plan.workers]
     measured.passes = {key: measured.passes[key] for key in order if key in measured.passes}
@@ -183,7 +182,8 @@ def _own_plans(group: Group, options: Options) -> Iterator[_RowPlan]:
         command = _own_command("naive", arguments | {"with_view_texture": with_view_texture})
         yield _RowPlan(name, (1,), capture, command)
     yield _RowPlan(LIMIT, (1, 2), folder, _own_command("limit", {"folder": str(folder)}))
-    yield _RowPlan(OURS, (1, 2), folder, _own_command("ours", {"uri": str(folder), "views": CAMERAS}))
+    for workers in (1, 2):  # a process each: what one loader keeps is not counted to the other
+        yield _RowPlan(OURS, (workers,), folder, _own_command("ours", {"uri": str(folder), "views": CAMERAS}))
 
 
 def _own_command(kind: str, arguments: dict) -> list[str]:
@@ -220,7 +220,7 @@ def _peer_plans(group: Group, options: Options, measured: Measured) -> Iterator[
 
 
 def _peer_set(group: Group, kind: str, python: str, options: Options, *, with_average: bool) -> Path:
-    """A peer's data set of the very members of our shard set, each frame once."""
+    """A peer's data set of the very images of our shard set and its average textures as PNG, each frame once."""
     folder = options.scratch / "peers" / f"{kind}-{group.name}{'' if with_average else '-photo'}"
     done = folder.with_name(f"{folder.name}.done")
     if done.exists():
@@ -233,10 +233,12 @@ def _peer_set(group: Group, kind: str, python: str, options: Options, *, with_av
         average = None
         for suffix, body in sorted(bodies.items(), key=lambda item: ".image." in item[0]):
             path = files / f"{place}-{suffix}"
-            path.write_bytes(body)
             if ".image." in suffix:
+                path.write_bytes(body)
                 views.append((str(path), average if with_average else None))
-            else:
+            else:  # which others cannot read as we store it
+                path = path.with_suffix(".png")
+                path.write_bytes(encode_image(decode_image(body, suffix), "png"))
                 average = str(path)
     listing = files / f"{kind}-{with_average}.json"
     listing.write_text(json.dumps(views))

@@ -7,7 +7,6 @@ Each file is that content rolled by another offset, some mirrored: files differ,
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import tempfile
@@ -21,7 +20,7 @@ from PIL import Image
 
 from pipeline import storage
 from pipeline.captures.multiface import TEXTURE_FOLDER
-from pipeline.codecs import ImageCodec
+from pipeline.codecs import Chroma, ImageCodec
 from pipeline.dome.writer import DomeConfig, write_dome
 from pipeline.driving.driven import DrivingConfig
 from pipeline.manifest import Manifest, SampleRecord, ShardRecord
@@ -46,11 +45,13 @@ class StoredImages:
         name: in the table, and of the folder.
         codec: of the shard configuration.
         size_hw: of the images, pixels.
+        chroma: of JPEG images.
     """
 
     name: str
     codec: ImageCodec
     size_hw: tuple[int, int]
+    chroma: Chroma = "444"
 
 
 def write_capture(folder: Path, cameras: int, frames: int, face: Path | None) -> None:
@@ -86,14 +87,13 @@ def write_sets(capture: Path, out: Path, stored: list[StoredImages]) -> None:
         list(pool.map(_write_set, itertools.repeat(capture), itertools.repeat(out), stored))
 
 
-def repeat_set(source: Path, target: Path, times: int, *, half_chroma: bool = False) -> None:
+def repeat_set(source: Path, target: Path, times: int) -> None:
     """The same frames several times under new names, so that an epoch is long enough to be timed.
 
     Args:
         source: a shard set.
         target: the folder of the new one.
         times: copies of each frame.
-        half_chroma: write JPEG images anew, with 4:2:0 instead of the 4:4:4 that shards have.
     """
     manifest = Manifest.load(str(source))
     samples = [(shard, sample) for shard in manifest.shards for sample in shard.samples]
@@ -102,7 +102,7 @@ def repeat_set(source: Path, target: Path, times: int, *, half_chroma: bool = Fa
     shards = []
     for start in range(0, len(repeated), _FRAMES_PER_SHARD):
         chosen = repeated[start : start + _FRAMES_PER_SHARD]
-        shards.append(_rewritten_shard(source, target, f"train-{len(shards):06d}.tar", chosen, half_chroma=half_chroma))
+        shards.append(_rewritten_shard(source, target, f"train-{len(shards):06d}.tar", chosen))
     _commit(source, target, manifest, shards)
 
 
@@ -153,6 +153,7 @@ def _write_set(capture: Path, out: Path, stored: StoredImages) -> None:
         image_size_hw=stored.size_hw,
         codec=stored.codec,
         quality=JPEG_QUALITY,
+        chroma=stored.chroma,
         splits=_SPLITS,
         driving=DrivingConfig(render="never"),
     )
@@ -160,7 +161,7 @@ def _write_set(capture: Path, out: Path, stored: StoredImages) -> None:
 
 
 def _rewritten_shard(
-    source: Path, target: Path, name: str, chosen: list[tuple[ShardRecord, SampleRecord, int]], *, half_chroma: bool
+    source: Path, target: Path, name: str, chosen: list[tuple[ShardRecord, SampleRecord, int]]
 ) -> ShardRecord:
     """A shard of samples of other shards, each under a new frame name."""
     samples = []
@@ -170,8 +171,6 @@ def _rewritten_shard(
             members = []
             for suffix, place in sample.members.items():
                 body = _bytes_at(source / shard.name, *place[:2])
-                if half_chroma and ".image." in suffix:
-                    body = _with_half_chroma(body)
                 if suffix == FRAME:
                     body = json.dumps(json.loads(body) | {"frame": frame_id.partition("/")[2]}, sort_keys=True).encode()
                 members.append((suffix, body))
@@ -180,14 +179,6 @@ def _rewritten_shard(
     return ShardRecord(
         name=name, split="train", sha256=writer.sha256, size_bytes=writer.size_bytes, samples=tuple(samples)
     )
-
-
-def _with_half_chroma(body: bytes) -> bytes:
-    target = io.BytesIO()
-    Image.open(io.BytesIO(body), formats=("JPEG",)).convert("RGB").save(
-        target, "JPEG", quality=JPEG_QUALITY, subsampling="4:2:0"
-    )
-    return target.getvalue()
 
 
 def _commit(source: Path, target: Path, manifest: Manifest, shards: list[ShardRecord]) -> None:

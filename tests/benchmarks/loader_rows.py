@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import simplejpeg
 import torch
 from loader_pictures import image_bodies
 from PIL import Image
@@ -109,14 +110,19 @@ def _call_shared(start: int, step: int) -> int:
 def decode_in_place(name: str, body: bytes) -> None:
     """The codec's own work and nothing else; the limit of all that uses it.
 
-    Pillow's pixels stay in its memory, in its layout; planar ones go to memory that is there already. Copies to fresh
-    arrays would make the limit slower, and by how much is up to the allocator.
+    Pillow's pixels stay in its memory, in its layout; those of jpeg (as they come, interleaved) and planar go to memory
+    that is there already. Copies to fresh arrays would make the limit slower, and by how much is up to the allocator.
     """
     if name.endswith(".plz"):
         shape = planar_size_chw(body, _MAX_PIXELS)
         if shape not in _planes:
             _planes[shape] = np.empty(shape, np.uint8)
         decode_planar(body, _planes[shape])
+    elif name.endswith(".jpg"):
+        size_hw = simplejpeg.decode_jpeg_header(body)[:2]
+        if size_hw not in _planes:
+            _planes[size_hw] = np.empty((*size_hw, 3), np.uint8)
+        simplejpeg.decode_jpeg(body, "RGB", buffer=_planes[size_hw])
     else:
         Image.open(io.BytesIO(body)).load()
 

@@ -50,7 +50,7 @@ def facts_table(options: Options) -> Table:
         platform.machine(),
     )
     query = "import importlib.metadata as m; print(*(f'{n} {m.version(n)}' for n in %r), sep=', ')"
-    versions = {sys.executable: ("torch", "numpy", "pillow", "zstandard", "webdataset")}
+    versions = {sys.executable: ("torch", "numpy", "pillow", "simplejpeg", "zstandard", "webdataset")}
     if options.peer_python is not None:
         versions[options.peer_python] = ("torch", "torchvision", "numpy", "pillow", "mosaicml-streaming", "litdata")
     found = []

@@ -20,17 +20,24 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 import numpy as np
 import torch
 
 from lipflow.errors import LipflowError
 from lipflow.types import FrameBatch, Normalization, Topology
-from pipeline.codecs import encode_array, encode_image
+from pipeline.codecs import LosslessCodec, encode_array, encode_image
 from pipeline.loader import LoaderConfig, ShardLoader, ShardSet
 from pipeline.manifest import CameraRecord, Manifest, SampleRecord, ShardRecord
-from pipeline.samples import AVERAGE_TEXTURE, FRAME, KEYPOINTS, VERTICES, headset_suffix, image_suffix
+from pipeline.samples import (
+    FRAME,
+    KEYPOINTS,
+    VERTICES,
+    average_texture_suffix,
+    headset_suffix,
+    image_suffix,
+)
 from pipeline.setfiles import NORMALIZATION_NAME, TOPOLOGY_NAME, encode_normalization, encode_topology
 from pipeline.shard_verification import verify_shards
 from pipeline.tar import ShardWriter
@@ -50,7 +57,11 @@ LOADER = LoaderConfig(frames_per_batch=1, views_per_frame=2, visits_per_epoch=1,
 
 
 def write_tiny_set(folder: Path, codec: str = "png") -> None:
-    """Two shards of one frame each, two cameras, one view missing; every kind of member."""
+    """Two shards of one frame each, two cameras, one view missing; every kind of member.
+
+    Average textures have the images' codec if it is lossless.
+    """
+    texture_codec = codec if codec in get_args(LosslessCodec) else "png"
     random = np.random.default_rng(0)
     folder.mkdir(parents=True)
     shards = []
@@ -59,7 +70,9 @@ def write_tiny_set(folder: Path, codec: str = "png") -> None:
         with (folder / name).open("wb") as stream, ShardWriter(stream) as writer:
             for frame_id in frame_ids:
                 present = CAMERAS[:1] if frame_id.startswith("EXP_b") else CAMERAS
-                places = writer.add_sample(frame_id, iter(_members(random, frame_id, present, codec).items()))
+                places = writer.add_sample(
+                    frame_id, iter(_members(random, frame_id, present, codec, texture_codec).items())
+                )
                 missing = tuple(camera for camera in CAMERAS if camera not in present)
                 samples.append(SampleRecord(frame_id=frame_id, members=places, missing_views=missing))
         shards.append(
@@ -94,7 +107,7 @@ def write_tiny_set(folder: Path, codec: str = "png") -> None:
         for name in (*CAMERAS, *HEADSET)
     ]
     Manifest(
-        config={"codec": codec},
+        config={"codec": codec, "texture_codec": texture_codec},
         capture_uri="file:///capture",
         fingerprint="0" * 64,
         files={name: hashlib.sha256(body).hexdigest() for name, body in bodies.items()},
@@ -112,7 +125,9 @@ def write_tiny_set(folder: Path, codec: str = "png") -> None:
     ).save(str(folder))
 
 
-def _members(random: np.random.Generator, frame_id: str, cameras: tuple[str, ...], codec: str) -> dict[str, bytes]:
+def _members(
+    random: np.random.Generator, frame_id: str, cameras: tuple[str, ...], codec: str, texture_codec: str
+) -> dict[str, bytes]:
     def picture(*shape: int) -> np.ndarray:
         return random.integers(0, 256, shape, np.uint8)
 
@@ -120,7 +135,7 @@ def _members(random: np.random.Generator, frame_id: str, cameras: tuple[str, ...
     facts = {"segment": segment, "frame": frame, "world_from_head": np.eye(3, 4).tolist(), "cameras": list(cameras)}
     return {
         VERTICES: encode_array(random.random((VERTEX_COUNT, 3), np.float32)),
-        AVERAGE_TEXTURE: encode_image(picture(TEXTURE_SIZE, TEXTURE_SIZE, 3), "png"),
+        average_texture_suffix(texture_codec): encode_image(picture(TEXTURE_SIZE, TEXTURE_SIZE, 3), texture_codec),
         KEYPOINTS: encode_array(random.random((len(POINTS), 3), np.float32)),
         **{headset_suffix(name): encode_image(picture(*IMAGE_SIZE_HW), "png") for name in HEADSET},
         **{image_suffix(name, codec): encode_image(picture(*IMAGE_SIZE_HW, 3), codec) for name in cameras},

@@ -108,8 +108,8 @@ def sealed_array(random: Random, files: Files) -> Case:
 
 @mutation
 def sealed_png(random: Random, files: Files) -> Case:
-    stored = [suffix for suffix in ("400001.image.png",) if suffix.encode() in files["manifest.json"]]
-    suffix = choice(random, ("avgtex.png", "hmc-cyclops.png", *stored))
+    stored = [suffix for suffix in ("avgtex.png", "400001.image.png") if suffix.encode() in files["manifest.json"]]
+    suffix = choice(random, ("hmc-cyclops.png", *stored))
     height, width = (8, 8) if suffix == "avgtex.png" else (12, 16)
     channels = 1 if suffix.startswith("hmc") else 3
     kind = choice(random, ("size", "size", "header", "bomb", "chunk", "text", "order", "rows", "stream", "other"))

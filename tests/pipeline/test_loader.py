@@ -19,6 +19,7 @@ from lipflow.render.camera import project
 from lipflow.types import FrameBatch
 from pipeline import cache, storage
 from pipeline.capture import Capture
+from pipeline.codecs import ImageCodec
 from pipeline.loader import PADDING_FRAME_ID, LoaderConfig, ShardLoader, ShardSet, prefetch_to_device
 from pipeline.pixel_memory import PixelMemory
 from pipeline.shard_plan import ShardConfig
@@ -95,6 +96,30 @@ def test_cameras_see_the_landmarks_where_the_capture_says(dome: Capture, shard_s
     assert seen.any()
     assert error.max() < 2.0
     torch.testing.assert_close(batch.cameras.cam_from_head[:, 0], cameras.cam_from_head)
+
+
+@pytest.mark.parametrize("codec", ["png", "planar", "jpeg"])
+def test_batches_do_not_depend_on_how_their_images_are_shared_out_among_threads(
+    dome: Capture, tmp_path: Path, codec: ImageCodec
+):
+    """Single jobs of one image, of several, and all images of a batch in one; the frontal view among them or not."""
+    write_shards(dome, ShardConfig(codec=codec), str(tmp_path))
+    shard_set = ShardSet.open(tmp_path)
+    ids = shard_set.train_camera_ids
+    batches = {}
+    for threads in (1, 3, 16):
+        config = CONFIG.model_copy(update={"decode_threads": threads, "prefetch_batches": threads % 3})
+        loader = ShardLoader(shard_set, "train", ids, config)
+        batches[threads] = list(loader.epoch(0))
+    for one, several, every in zip(*batches.values(), strict=True):
+        _assert_equal(one, several)
+        _assert_equal(one, every)
+        known = [row for row, frame_id in enumerate(one.frame_ids) if frame_id != PADDING_FRAME_ID]
+        whole = shard_set.frames([one.frame_ids[row] for row in known], _all_camera_ids(shard_set))
+        for place, row in enumerate(known):
+            seen = one.view_present[row]
+            assert torch.equal(one.images[row][seen], whole.images[place, one.camera_index[row][seen]])
+            assert torch.equal(one.average_texture[row], whole.average_texture[place])
 
 
 def test_an_epoch_holds_every_view_once(shard_set: ShardSet):

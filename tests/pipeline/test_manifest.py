@@ -63,10 +63,10 @@ def test_what_is_no_json_object_is_refused(tmp_path: Path, text: str):
 
 def test_members_outside_of_their_shard_and_names_that_are_paths_are_refused(own_shards_folder: Path):
     content = read_manifest(own_shards_folder)
-    place = content["shards"][0]["samples"][0]["members"]["avgtex.png"]
+    place = content["shards"][0]["samples"][0]["members"]["avgtex.plz"]
     place[2] = 2**32
     _edit(own_shards_folder, shards=content["shards"])
-    with pytest.raises(ShardSetError, match=r"avgtex\.png has 4294967296 for a CRC-32"):
+    with pytest.raises(ShardSetError, match=r"avgtex\.plz has 4294967296 for a CRC-32"):
         Manifest.load(str(own_shards_folder))
     place[:] = [10**12, 5, 0]
     _edit(own_shards_folder, shards=content["shards"])

@@ -88,7 +88,7 @@ def test_a_bit_that_no_decoder_notices_is_in_the_digest(own_shards_folder: Path,
 
 @pytest.mark.parametrize(
     ("suffix", "fault"),
-    [("avgtex.png", "unreadable-image"), ("verts.npy.zst", "unreadable"), ("frame.json", "shard-member")],
+    [("avgtex.plz", "unreadable-image"), ("verts.npy.zst", "unreadable"), ("frame.json", "shard-member")],
 )
 def test_a_damaged_member_is_named_beside_its_shard(own_shards_folder: Path, manifest: Manifest, suffix, fault):
     shard, sample = first_sample(manifest)
@@ -133,10 +133,10 @@ def test_a_member_that_the_manifest_places_elsewhere(own_shards_folder: Path, ma
     shard, sample = first_sample(manifest)
 
     def move(document: dict) -> None:
-        document["shards"][0]["samples"][0]["members"]["avgtex.png"][0] += 512
+        document["shards"][0]["samples"][0]["members"]["avgtex.plz"][0] += 512
 
     change_manifest(own_shards_folder, move)
-    member = f"{shard.name}!{sample.frame_id}.avgtex.png"
+    member = f"{shard.name}!{sample.frame_id}.avgtex.plz"
     assert named(verify_shards(str(own_shards_folder))) == [(member, "shard-member")]
 
 
@@ -179,7 +179,7 @@ def test_a_header_that_is_not_of_a_plain_file_ends_the_shard(
     assert named(verify_shards(str(own_shards_folder))) == [(shard.name, "shard-member")]
 
 
-@pytest.mark.parametrize("suffix", ["verts.npy.zst", "avgtex.png", "frame.json"])
+@pytest.mark.parametrize("suffix", ["verts.npy.zst", "avgtex.plz", "frame.json"])
 def test_a_pickle_under_a_member_s_name_is_not_loaded(own_shards_folder: Path, manifest: Manifest, suffix: str):
     class Loaded:
         def __reduce__(self):

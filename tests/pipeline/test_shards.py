@@ -22,18 +22,22 @@ from lipflow.errors import CaptureError, ConfigError, ShardSetError
 from pipeline import shards, storage
 from pipeline.capture import Capture
 from pipeline.captures.opening import open_capture
+from pipeline.codecs import LosslessCodec, decode_any_image, decode_image
 from pipeline.corrupt_files import CorruptFilesError
 from pipeline.manifest import Manifest
-from pipeline.samples import SampleEncoder
+from pipeline.member_reads import read_mesh_and_texture
+from pipeline.samples import SampleEncoder, average_texture_suffix
 from pipeline.shard_costs import probe_frames
 from pipeline.shard_target import claimed, read_sidecar
 from pipeline.shards import ShardConfig, find_committed, plan_shards, write_shard, write_shards
+from pipeline.shardset import ShardSet
 from pipeline.splits import SplitConfig
 from pipeline.stats import OrderedSums, merge
 from pipeline.undistort import Undistorter
+from tests.pipeline.sealed_manifests import read_manifest, write_manifest
 
 CONFIG = ShardConfig(frames_per_shard=4)
-ALLOWED_ENDINGS = (".json", ".npy.zst", ".png")
+ALLOWED_ENDINGS = (".json", ".npy.zst", ".png", ".plz")
 
 
 def _bytes_of(folder: Path) -> dict[str, bytes]:
@@ -97,12 +101,13 @@ def test_plain_webdataset_streams_the_same_samples(manifest: Manifest, shards_fo
             assert json.loads(sample["frame.json"])["cameras"]
 
 
-def test_png_images_are_stored_as_they_were_captured(dome: Capture, manifest: Manifest, shards_folder: Path):
+def test_png_images_and_textures_are_stored_as_they_were_captured(dome: Capture, tmp_path: Path):
+    manifest = write_shards(dome, ShardConfig(texture_codec="png"), str(tmp_path))
     for shard in manifest.shards:
         for sample in shard.samples:
             segment, _, frame = sample.frame_id.partition("/")
             offset, size, _ = sample.members["avgtex.png"]
-            stored = storage.read_range(shards_folder / shard.name, offset, size)
+            stored = storage.read_range(tmp_path / shard.name, offset, size)
             assert stored == dome.frame(segment, frame).average_texture_file()
             for camera in dome.cameras:
                 captured = dome.frame(segment, frame).image_file(camera.camera_id)
@@ -110,7 +115,34 @@ def test_png_images_are_stored_as_they_were_captured(dome: Capture, manifest: Ma
                 assert (captured is None) == (suffix not in sample.members)
                 if captured is not None:
                     offset, size, _ = sample.members[suffix]
-                    assert storage.read_range(shards_folder / shard.name, offset, size) == captured
+                    assert storage.read_range(tmp_path / shard.name, offset, size) == captured
+
+
+@pytest.mark.parametrize("texture_codec", ["planar", "webp", "png"])
+def test_average_textures_are_lossless_under_every_codec(dome: Capture, tmp_path: Path, texture_codec: LosslessCodec):
+    manifest = write_shards(dome, ShardConfig(texture_codec=texture_codec), str(tmp_path))
+    assert manifest.texture_codec == texture_codec
+    suffix = average_texture_suffix(texture_codec)
+    shard = manifest.shards[0]
+    for sample in shard.samples:
+        segment, _, frame = sample.frame_id.partition("/")
+        captured = dome.frame(segment, frame).average_texture_file()
+        assert captured is not None
+        stored = storage.read_range(tmp_path / shard.name, *sample.members[suffix][:2])
+        np.testing.assert_array_equal(decode_image(stored, suffix), decode_any_image(captured, "captured"))
+        texture, _ = read_mesh_and_texture(str(tmp_path / shard.name), sample)
+        batch = ShardSet.open(tmp_path).frames([sample.frame_id], manifest.train_camera_ids[:1])
+        np.testing.assert_array_equal(batch.average_texture[0].numpy(), texture)
+
+
+def test_a_lossy_or_unknown_texture_codec_is_refused(dome: Capture, shards_folder: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match="texture_codec"):
+        ShardConfig.model_validate({"texture_codec": "jpeg"})
+    document = read_manifest(shards_folder)
+    document["config"]["texture_codec"] = "jpeg"
+    write_manifest(tmp_path, document)
+    with pytest.raises(ShardSetError, match=r"texture_codec is 'jpeg', no lossless image codec"):
+        Manifest.load(str(tmp_path))
 
 
 def test_missing_views_are_recorded(dome: Capture, manifest: Manifest):
@@ -392,8 +424,8 @@ def test_images_and_textures_are_resized_with_their_cameras(dome: Capture, tmp_p
         body = storage.read_range(tmp_path / shard.name, offset, size)
         if suffix.endswith(f".image.{extension}"):
             assert Image.open(io.BytesIO(body)).size == (12, 24)
-        if suffix == "avgtex.png":
-            assert Image.open(io.BytesIO(body)).size == (16, 16)
+        if suffix == "avgtex.plz":
+            assert decode_image(body, suffix).shape == (16, 16, 3)
 
 
 def corrupted(folder: Path) -> list[str]:
@@ -453,9 +485,9 @@ def test_a_missing_average_texture_is_unwrapped_from_the_training_cameras(own_do
             assert facts["average_texture"] == ("unwrapped" if made else "capture")
             if made:
                 assert 0.4 < facts["texture_seen_fraction"] <= 1
-                offset, size, _ = sample.members["avgtex.png"]
+                offset, size, _ = sample.members["avgtex.plz"]
                 body = storage.read_range(tmp_path / "out" / shard.name, offset, size)
-                stored = np.asarray(Image.open(io.BytesIO(body))).astype(int)
+                stored = decode_image(body, "avgtex.plz").astype(int)
                 assert np.median(np.abs(stored - original)) < 12
 
 
