@@ -69,6 +69,7 @@ class FrameArrays:
     """What was decoded of one frame besides its pixels.
 
     Attributes:
+        frame_id: of the sample.
         vertices: ``(V, 3)`` float32 mm.
         world_from_head: ``(3, 4)`` float64.
         view_present: ``(K,)`` bool.
@@ -78,6 +79,7 @@ class FrameArrays:
         keypoints: ``(L, 3)`` float32; confidence 0 where the frame has none. None if not asked for.
     """
 
+    frame_id: str
     vertices: np.ndarray
     world_from_head: np.ndarray
     view_present: np.ndarray
@@ -148,7 +150,7 @@ class FrameReader:
             present[place] = self._image(sample, read, camera_id, pixels.images[place])
         vertices = self._vertices(sample, read)
         _image_member(sample, read, AVERAGE_TEXTURE, pixels.average_texture, bottom_up=True)
-        frame = FrameArrays(vertices, _head_pose(sample, read), present)
+        frame = FrameArrays(sample.frame_id, vertices, _head_pose(sample, read), present)
         if pixels.frontal is not None:
             frontal_id = self._manifest.frontal_camera_id
             if frontal_id in camera_ids:

@@ -91,15 +91,16 @@ def test_progress_counts_kept_shards_apart_and_rates_only_what_was_written(
     monkeypatch.setattr(shard.time, "monotonic", lambda: clock[0])
     opened = open_for_sharding(capture, CONFIG)
     plan = plan_shards(opened, CONFIG)
+    (stored,) = plan.sources.captures
     first, second = plan.shards[:2]
-    finish_shard(opened, CONFIG, first, str(tmp_path))
+    finish_shard(stored, CONFIG, first, str(tmp_path))
     progress = shard._Progress(plan)
     assert progress.note() == "none written yet"
     clock[0] += 2
-    progress.receive(finish_shard(opened, CONFIG, first, str(tmp_path)))
+    progress.receive(finish_shard(stored, CONFIG, first, str(tmp_path)))
     assert (progress.shards_kept, progress.note()) == (1, "1 kept, none written yet")
     clock[0] += 2
-    outcome = finish_shard(opened, CONFIG, second, str(tmp_path))
+    outcome = finish_shard(stored, CONFIG, second, str(tmp_path))
     assert progress.receive(outcome) is outcome.record
     megabytes = outcome.record.size_bytes / 4 / 1e6
     # Two frames in four seconds; 8 of 12 are left.
