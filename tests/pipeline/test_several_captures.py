@@ -335,13 +335,52 @@ def test_a_frontal_camera_that_one_capture_lacks_is_refused(captures: dict[str, 
         plan_shards(captures, CONFIG.model_copy(update={"driving": driving}))
 
 
-def test_a_capture_without_training_cameras_is_refused(captures: dict[str, Capture]):
+@pytest.fixture
+def bare(folders: dict[str, Path], tmp_path: Path) -> dict[str, str]:
+    """The sessions without driving signals of their own, the face's landmarks beside them."""
+    shutil.copy(folders["a"] / "driving/landmarks.json", tmp_path / "landmarks.json")
+    for name, folder in folders.items():
+        shutil.copytree(folder, tmp_path / name, ignore=shutil.ignore_patterns("driving"))
+    return {name: str(tmp_path / name) for name in folders}
+
+
+def test_a_frontal_camera_that_is_looked_for_is_one_that_all_captures_have(bare: dict[str, str], tmp_path: Path):
+    """The other one of the pair is taken away: each capture alone would choose another frontal camera."""
+    driving = CONFIG.driving.model_copy(update={"landmarks": str(tmp_path / "landmarks.json")})
+    config = CONFIG.model_copy(update={"driving": driving, "splits": SplitConfig(test_camera_count=0)})
+    alone = plan_shards(bare["a"], config).sources.frontal_camera_id
+    krt = Path(bare["b"], "KRT")
+    blocks = krt.read_text().strip().split("\n\n")
+    krt.write_text("\n\n".join(block for block in blocks if not block.startswith(str(alone))) + "\n\n")
+    sources = open_for_sharding(bare, config)
+    assert sources.frontal_camera_id != alone
+    for stored in sources.captures:
+        assert sources.frontal_camera_id in stored.place.camera_ids
+        # what a worker opens is the same capture
+        again = stored.place.open()
+        assert again.capture.frontal_camera_id == sources.frontal_camera_id
+        for camera, other in zip(again.capture.headset_cameras, stored.capture.headset_cameras, strict=True):
+            np.testing.assert_array_equal(camera.cam_from_world, other.cam_from_world)
+
+
+def test_frontal_cameras_that_differ_are_refused_and_one_may_be_chosen(folders: dict[str, Path], tmp_path: Path):
+    other = Path(shutil.copytree(folders["b"], tmp_path / "b"))
+    declared = open_capture(folders["a"]).frontal_camera_id
+    another = next(c.camera_id for c in open_capture(other).cameras if c.camera_id != declared)
+    frontal = other / "driving/frontal.json"
+    frontal.write_text(frontal.read_text().replace(str(declared), another))
+    named = {"a": str(folders["a"]), "b": str(other)}
+    with pytest.raises(ConfigError, match=rf"frontal cameras, {declared} and {another}; set shard\.driving\.frontal"):
+        open_for_sharding(named, CONFIG)
+    driving = CONFIG.driving.model_copy(update={"frontal_camera": declared})
+    assert open_for_sharding(named, CONFIG.model_copy(update={"driving": driving})).frontal_camera_id == declared
+
+
+def test_a_capture_without_training_cameras_is_refused(bare: dict[str, str]):
     splits = SplitConfig(train_cameras=(ABSENT,), test_cameras=("40000[1-4]",))
     driving = CONFIG.driving.model_copy(update={"render": "never"})
-    for capture in captures.values():
-        assert capture.frontal_camera_id != ABSENT
-    with pytest.raises(ConfigError):
-        plan_shards(captures, CONFIG.model_copy(update={"splits": splits, "driving": driving}))
+    with pytest.raises(ConfigError, match=rf"/b: has none of the training cameras \({ABSENT}"):
+        plan_shards(bare, CONFIG.model_copy(update={"splits": splits, "driving": driving}))
 
 
 def test_names_come_from_addresses_or_are_given():
