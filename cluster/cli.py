@@ -33,7 +33,7 @@ SUMMARIES = {
     "inspect": "Say what is in a capture and what it lacks; draw its mesh over its photos.",
     "verify": "Decode every byte of a capture or a shard set and list what is bad.",
     "unwrap": "Make the textures that a capture lacks from its images.",
-    "shard": "Write a capture as WebDataset shards; run again to keep what is there and write the rest.",
+    "shard": "Write captures as WebDataset shards; run again to keep what is there and write the rest.",
     "shards": "List the shards of a set, or show what is stored of a frame.",
     "train": "Train an avatar on a shard set; run again to continue.",
     "import-multiface": "Make an avatar of weights that the public Multiface code trained.",

@@ -1,4 +1,4 @@
-"""The sharding job: ``lipflow shard CAPTURE OUT`` writes a capture as WebDataset shards with a manifest.
+"""The sharding job: ``lipflow shard CAPTURE [CAPTURE ...] OUT`` writes captures as WebDataset shards with a manifest.
 
 Each shard is one idempotent Ray task; the manifest is the commit. A second run keeps every shard that is there with
 the right digest and writes only what is missing, and nothing at all where the set is complete. Jobs of the same plan
@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import lru_cache
@@ -24,10 +25,10 @@ from cluster.runtime import map_tasks, ray_cluster
 from cluster.tracking import TrackingConfig, initialise, tracked_run
 from lipflow.config import StrictConfig
 from pipeline import storage
-from pipeline.capture import Capture
 from pipeline.corrupt_files import CorruptFilesError, FaultLimit
 from pipeline.manifest import Manifest, ShardRecord, SkippedFile
-from pipeline.shard_costs import probe_frames
+from pipeline.shard_costs import FrameCost, probe_frames
+from pipeline.shard_sources import CapturePlace
 from pipeline.shard_target import check_target, claimed, count_present, remove_leftovers
 from pipeline.shards import (
     FETCH_OR_SKIP,
@@ -35,10 +36,11 @@ from pipeline.shards import (
     ShardOutcome,
     ShardPlan,
     ShardTask,
+    StoredCapture,
     commit,
     find_committed,
     finish_shard,
-    open_for_sharding,
+    named_captures,
     plan_shards,
     reduce_statistics,
 )
@@ -64,6 +66,7 @@ class ShardSummary:
 
     Attributes:
         shards: URI of the set.
+        captures: the URIs of its captures, in the order of their names.
         digest: of the set.
         frames: split -> number of frames.
         cameras: number of cameras, of which ``held_out_cameras`` are not for training.
@@ -77,6 +80,7 @@ class ShardSummary:
     """
 
     shards: str
+    captures: tuple[str, ...]
     digest: str
     frames: dict[str, int]
     cameras: int
@@ -95,18 +99,20 @@ class ShardForecast:
 
     Attributes:
         shards: URI of the set.
+        captures: the URIs of its captures, in the order of their names.
         shards_planned: their number.
         shards_present: of these, already there by name; their digests are compared when the job runs.
         frames: split -> number of frames.
         frames_per_shard: the most that one holds.
         cameras: number of cameras, of which ``held_out_cameras`` are not for training.
         held_out_cameras: their ids.
-        frame_bytes: size of a frame with all its views; None if no frame could be probed, as those below.
+        frame_bytes: mean size of a frame with all its views; None if no frame could be probed, as those below.
         size_bytes: of all shards.
         cpu_hours: time of one core like this machine's to read, resize and encode all frames.
     """
 
     shards: str
+    captures: tuple[str, ...]
     shards_planned: int
     shards_present: int
     frames: dict[str, int]
@@ -118,17 +124,23 @@ class ShardForecast:
     cpu_hours: float | None
 
 
-def shard(capture_uri: str, out_uri: str, recipe: ShardRecipe) -> ShardSummary:
-    """Write the shard set of a capture.
+def shard(captures: str | Sequence[str], out_uri: str, recipe: ShardRecipe) -> ShardSummary:
+    """Write the shard set of a capture, or of several.
+
+    Args:
+        captures: a URI, or several, each a ``URI`` or ``NAME=URI``; their order does not matter.
+        out_uri: the folder of the set.
+        recipe: what it holds and how.
 
     Raises:
-        CaptureError: no capture at ``capture_uri``.
+        CaptureError: there is no such capture.
         CorruptFilesError: corrupt files under ``on_error: fail``; it names them all. The other shards are kept, so
             that a second run writes only what is missing.
-        ConfigError: the recipe does not fit the capture, or something of another plan is at ``out_uri``.
+        ConfigError: the recipe does not fit the captures, these cannot be in one set, or something of another plan is
+            at ``out_uri``.
         StorageError: ``out_uri`` cannot be written.
     """
-    capture, plan, out_uri = _planned(capture_uri, out_uri, recipe)
+    plan, out_uri = _planned(captures, out_uri, recipe)
     done = find_committed(out_uri, plan)
     if done is not None:
         remove_leftovers(out_uri, plan.fingerprint)
@@ -141,9 +153,10 @@ def shard(capture_uri: str, out_uri: str, recipe: ShardRecipe) -> ShardSummary:
             ray_cluster(),
         ):
             progress, limit, job_id = _Progress(plan), FaultLimit(), uuid.uuid4().hex
+            places = {stored.name: stored.place for stored in plan.sources.captures}
             results = map_tasks(
                 _finish_shard,
-                [(job_id, capture.uri, plan.config, task, out_uri) for task in plan.shards],
+                [(job_id, places[task.capture_name], plan.config, task, out_uri) for task in plan.shards],
                 description="shard",
                 stop_when=lambda result: limit.is_passed_by(len(_faults(result))),
                 receive=progress.receive,
@@ -151,9 +164,9 @@ def shard(capture_uri: str, out_uri: str, recipe: ShardRecipe) -> ShardSummary:
             )
             faults = [item for result in results for item in _faults(result)]
             if faults:
-                raise CorruptFilesError(capture.uri, tuple(faults), FETCH_OR_SKIP)
-            normalization = reduce_statistics(out_uri, capture, plan.config, [progress.sums.total()])
-            manifest = commit(out_uri, capture, plan, results, normalization)
+                raise CorruptFilesError(plan.sources.uri, tuple(faults), FETCH_OR_SKIP)
+            normalization = reduce_statistics(plan, [progress.sums.total()])
+            manifest = commit(out_uri, plan, results, normalization)
             summary = _summary(out_uri, manifest, written=True, shards_kept=progress.shards_kept)
             run.set_tags({"lipflow.shards_digest": summary.digest, "lipflow.shards": out_uri})
             run.log_metrics(
@@ -167,51 +180,64 @@ def shard(capture_uri: str, out_uri: str, recipe: ShardRecipe) -> ShardSummary:
     return summary
 
 
-def forecast(capture_uri: str, out_uri: str, recipe: ShardRecipe) -> ShardForecast:
+def forecast(captures: str | Sequence[str], out_uri: str, recipe: ShardRecipe) -> ShardForecast:
     """What :func:`shard` would do with the same arguments; nothing is written.
 
     Raises:
         LipflowError: as :func:`shard`, as far as that can be told beforehand.
     """
-    capture, plan, out_uri = _planned(capture_uri, out_uri, recipe)
+    plan, out_uri = _planned(captures, out_uri, recipe)
     names = [task.name for task in plan.shards]
     check_target(out_uri, plan.fingerprint, names)
-    cost = probe_frames(capture, plan.settings, [frame for task in plan.shards for frame in task.frames])
     frames = Counter[str]()
     for task in plan.shards:
         frames[task.split] += len(task.frames)
+    cost = _whole_cost(plan)
     return ShardForecast(
         shards=out_uri,
+        captures=tuple(stored.capture.uri for stored in plan.sources.captures),
         shards_planned=len(names),
         shards_present=count_present(out_uri, names),
         frames=dict(frames),
         frames_per_shard=max(len(task.frames) for task in plan.shards),
-        cameras=len(capture.cameras),
-        held_out_cameras=plan.test_camera_ids,
-        frame_bytes=None if cost is None else round(cost.size_bytes),
-        size_bytes=None if cost is None else round(cost.size_bytes * frames.total()),
-        cpu_hours=None if cost is None else cost.cpu_s * frames.total() / 3600,
+        cameras=len(plan.sources.cameras),
+        held_out_cameras=plan.sources.test_camera_ids,
+        frame_bytes=None if cost is None else round(cost.size_bytes / frames.total()),
+        size_bytes=None if cost is None else round(cost.size_bytes),
+        cpu_hours=None if cost is None else cost.cpu_s / 3600,
     )
 
 
-def _planned(capture_uri: str, out_uri: str, recipe: ShardRecipe) -> tuple[Capture, ShardPlan, str]:
+def _whole_cost(plan: ShardPlan) -> FrameCost | None:
+    """Of all frames, from a few of each capture; None if one has none that can be probed."""
+    size_bytes = cpu_s = 0.0
+    for stored in plan.sources.captures:
+        frames = [frame for task in plan.shards if task.capture_name == stored.name for frame in task.frames]
+        cost = probe_frames(stored.capture, stored.settings, frames)
+        if cost is None:
+            return None
+        size_bytes, cpu_s = size_bytes + cost.size_bytes * len(frames), cpu_s + cost.cpu_s * len(frames)
+    return FrameCost(size_bytes, cpu_s)
+
+
+def _planned(captures: str | Sequence[str], out_uri: str, recipe: ShardRecipe) -> tuple[ShardPlan, str]:
     config = recipe.shard.model_copy(update={"splits": with_split_files(recipe.shard.splits)})
-    capture = open_for_sharding(capture_uri, config)
-    return capture, plan_shards(capture, config), storage.normalize_uri(out_uri)
+    named = captures if isinstance(captures, str) else named_captures(captures)
+    return plan_shards(named, config), storage.normalize_uri(out_uri)
 
 
 @lru_cache(maxsize=1)
-def _capture_of(job_id: str, capture_uri: str, config: ShardConfig) -> Capture:
+def _capture_of(job_id: str, place: CapturePlace) -> StoredCapture:
     """The open capture, once for all shards that a worker writes for a job: its listing takes a while on S3."""
-    return open_for_sharding(capture_uri, config)
+    return place.open()
 
 
 def _finish_shard(
-    job_id: str, capture_uri: str, config: ShardConfig, task: ShardTask, out_uri: str
+    job_id: str, place: CapturePlace, config: ShardConfig, task: ShardTask, out_uri: str
 ) -> ShardOutcome | CorruptFilesError:
     """Corrupt files are a result, so that the other shards go on."""
     try:
-        return finish_shard(_capture_of(job_id, capture_uri, config), config, task, out_uri)
+        return finish_shard(_capture_of(job_id, place), config, task, out_uri)
     except CorruptFilesError as error:
         return error
 
@@ -261,6 +287,7 @@ def _summary(out_uri: str, manifest: Manifest, *, written: bool, shards_kept: in
         frames[record.split] = frames.get(record.split, 0) + len(record.samples)
     return ShardSummary(
         shards=out_uri,
+        captures=tuple(capture.uri for capture in manifest.captures),
         digest=manifest.digest,
         frames=frames,
         cameras=len(manifest.cameras),
@@ -275,7 +302,14 @@ def _summary(out_uri: str, manifest: Manifest, *, written: bool, shards_kept: in
 
 
 def shard_command(
-    capture: Annotated[str, typer.Argument(metavar="CAPTURE", help="Capture: path, file:// or s3:// URI.")],
+    captures: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CAPTURE",
+            help="Captures: path, file:// or s3:// URI. Several are one set; each is called as its address ends, or "
+            "NAME=URI.",
+        ),
+    ],
     out: Annotated[
         str,
         typer.Argument(
@@ -290,26 +324,32 @@ def shard_command(
     set_: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a capture as WebDataset shards.
+    """Write a capture, or several, as WebDataset shards.
 
     Run the same command again to resume: shards that are there with the right digest are kept, the rest is written.
-    OUT belongs to one capture and recipe; with another one it is refused, unless it is empty.
+    OUT belongs to its captures and recipe; with others it is refused, unless it is empty. Of several captures, a
+    segment is SEGMENT@CAPTURE, cameras are the same where their ids are, and each capture keeps its calibration.
     """
     settings = load_recipe(ShardRecipe, recipe, set_ or ())
     if dry_run:
-        planned = forecast(capture, out, settings)
+        planned = forecast(captures, out, settings)
         command.emit(asdict(planned), as_json, _forecast_line(planned))
         return
-    summary = shard(capture, out, settings)
+    summary = shard(captures, out, settings)
     frames = ", ".join(f"{count} {split}" for split, count in summary.frames.items())
     done = f"; {summary.shards_written} shards written, {summary.shards_kept} kept"
     command.emit(
         asdict(summary),
         as_json,
-        f"{summary.shards}: {frames} frames, {summary.cameras} cameras ({len(summary.held_out_cameras)} held out), "
+        f"{summary.shards}: {_of_captures(summary.captures)}{frames} frames, {summary.cameras} cameras "
+        f"({len(summary.held_out_cameras)} held out), "
         f"{summary.missing_views} views missing, {summary.skipped_files} files skipped, "
         f"{summary.size_bytes / 1e6:.1f} MB" + (done if summary.written else "; complete already, nothing written"),
     )
+
+
+def _of_captures(captures: Sequence[str]) -> str:
+    return f"{len(captures)} captures, " if len(captures) > 1 else ""
 
 
 def _forecast_line(planned: ShardForecast) -> str:
@@ -323,7 +363,8 @@ def _forecast_line(planned: ShardForecast) -> str:
         )
     return (
         f"{planned.shards}: {planned.shards_planned} shards of up to {planned.frames_per_shard} frames "
-        f"({planned.shards_present} there already), {frames} frames, {planned.cameras} cameras{held_out}, {cost}; "
+        f"({planned.shards_present} there already), {_of_captures(planned.captures)}{frames} frames, "
+        f"{planned.cameras} cameras{held_out}, {cost}; "
         "nothing written"
     )
 

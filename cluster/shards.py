@@ -100,13 +100,16 @@ def _listing_document(listing: SetListing, *, frames: bool) -> dict[str, Any]:
 
 
 def _print_listing(listing: SetListing, *, frames: bool) -> None:
-    table = _table(["shard", "split"], ["frames", "views", "missing", "size", "sha-256"])
+    several = any(shard.capture is not None for shard in listing.shards)
+    left = ["shard", "split", "capture"] if several else ["shard", "split"]
+    table = _table(left, ["frames", "views", "missing", "size", "sha-256"])
     for shard in listing.shards:
         counts = (f"{count:,}" for count in (shard.frames, shard.views, shard.missing_views))
-        table.add_row(escape(shard.name), shard.split, *counts, decimal(shard.size_bytes), shard.sha256[:_DIGEST_SHOWN])
+        place = [escape(shard.name), shard.split] + [escape(shard.capture or "")] * several
+        table.add_row(*place, *counts, decimal(shard.size_bytes), shard.sha256[:_DIGEST_SHOWN])
     table.add_section()
     counts = (f"{count:,}" for count in (len(listing.frames), listing.views, listing.missing_views))
-    table.add_row(f"{len(listing.shards)} shards", "", *counts, decimal(listing.size_bytes), "")
+    table.add_row(f"{len(listing.shards)} shards", *[""] * (len(left) - 1), *counts, decimal(listing.size_bytes), "")
     console = _console()
     console.print(table)
     if frames:

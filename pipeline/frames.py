@@ -72,6 +72,7 @@ class FrameArrays:
     """What was decoded of one frame besides its pixels.
 
     Attributes:
+        frame_id: of the sample.
         vertices: ``(V, 3)`` float32 mm.
         world_from_head: ``(3, 4)`` float64.
         view_present: ``(K,)`` bool.
@@ -81,6 +82,7 @@ class FrameArrays:
         keypoints: ``(L, 3)`` float32; confidence 0 where the frame has none. None if not asked for.
     """
 
+    frame_id: str
     vertices: np.ndarray
     world_from_head: np.ndarray
     view_present: np.ndarray
@@ -161,6 +163,7 @@ class FrameReader:
             The frame, whole once all pieces were called, and the pieces, each of which may raise as :meth:`read` does.
         """
         frame = FrameArrays(
+            frame_id=sample.frame_id,
             vertices=np.empty((self._manifest.num_vertices, 3), np.float32),
             world_from_head=np.empty((3, 4)),
             view_present=np.zeros(len(camera_ids), bool),

@@ -19,6 +19,7 @@ from lipflow.types import Camera
 from pipeline import storage
 from pipeline.codecs import EXTENSION_OF_CODEC, LosslessCodec
 from pipeline.sealing import ChecksumError, seal, unseal
+from pipeline.segment_names import CAPTURE_NAME, capture_name_of
 from pipeline.splits import Split
 
 FORMAT_VERSION = 2
@@ -66,6 +67,22 @@ class CameraRecord(StrictConfig):
         return Camera(self.camera_id, np.array(self.intrinsics), np.array(self.cam_from_world), self.image_size_hw)
 
 
+class CaptureRecord(StrictConfig):
+    """One capture of the set, with its own calibration.
+
+    Attributes:
+        name: what its segments end in, as ``SEGMENT@NAME``; None for the only capture of a set.
+        uri: where it lay.
+        cameras: its dome cameras, which may lack some of the set's.
+        headset_cameras: the same ones in every capture, each where this capture has it.
+    """
+
+    name: str | None
+    uri: str
+    cameras: tuple[CameraRecord, ...]
+    headset_cameras: tuple[CameraRecord, ...]
+
+
 class SkippedFile(StrictConfig):
     """A file that could not be used, where the ``skip`` policy allows that."""
 
@@ -77,9 +94,10 @@ class SampleRecord(StrictConfig):
     """One frame in a shard.
 
     Attributes:
-        frame_id: ``"SEGMENT/FRAME"``.
+        frame_id: ``"SEGMENT/FRAME"``; in a set of several captures ``"SEGMENT@CAPTURE/FRAME"``.
         members: member suffix, such as ``"400029.image.png"``, to (offset, size in bytes, CRC-32).
-        missing_views: cameras of the capture without an image of this frame.
+        missing_views: cameras of its capture without an image of this frame; those that its capture lacks are not named
+            in each frame, see :meth:`Manifest.views_missing_in`.
     """
 
     frame_id: str
@@ -115,6 +133,8 @@ class Manifest(StrictConfig):
 
     Attributes:
         fingerprint: of the configuration and the capture's listing; the same one means the same shards.
+        captures: in the order of their names.
+        camera_ids: the cameras of all captures, in the order of the views.
         files: the digests of ``topology.npz`` and ``normalization.npz``.
         image_size_hw: of every dome camera's stored images.
         texture_size: of the stored textures.
@@ -123,15 +143,14 @@ class Manifest(StrictConfig):
     format: Literal["lipflow-shards"] = "lipflow-shards"
     format_version: Literal[2] = 2
     config: dict[str, Any]
-    capture_uri: str
+    captures: tuple[CaptureRecord, ...] = Field(min_length=1)
+    camera_ids: tuple[str, ...]
     fingerprint: str
     files: dict[str, Sha256]
     shards: tuple[ShardRecord, ...]
-    cameras: tuple[CameraRecord, ...]
     train_camera_ids: tuple[str, ...]
     test_camera_ids: tuple[str, ...]
     frontal_camera_id: str | None
-    headset_cameras: tuple[CameraRecord, ...]
     keypoint_names: tuple[str, ...]
     splits: dict[str, tuple[str, ...]]
     image_size_hw: tuple[Side, Side]
@@ -147,11 +166,11 @@ class Manifest(StrictConfig):
         if self.config.get("texture_codec") not in get_args(LosslessCodec):
             raise ValueError(f"config.texture_codec is {self.config.get('texture_codec')!r}, no lossless image codec")
         needed = _NEEDED | {f"avgtex.{EXTENSION_OF_CODEC[self.texture_codec]}"}
-        cameras = [camera.camera_id for camera in self.cameras]
+        _check_captures(self.captures, self.camera_ids, self.frontal_camera_id)
+        cameras = list(self.camera_ids)
         samples = [(shard, sample) for shard in self.shards for sample in shard.samples]
         for name, ids in (
             ("cameras", cameras),
-            ("headset_cameras", [camera.camera_id for camera in self.headset_cameras]),
             ("train_camera_ids", list(self.train_camera_ids)),
             ("test_camera_ids", list(self.test_camera_ids)),
             ("shards", [shard.name for shard in self.shards]),
@@ -170,13 +189,18 @@ class Manifest(StrictConfig):
         images = {f"{camera_id}.image.{extension}": camera_id for camera_id in cameras}
         textures = {f"{camera_id}.tex.png" for camera_id in cameras}
         headset = {f"hmc-{camera.camera_id}.png" for camera in self.headset_cameras}
+        of_capture = {capture.name: {camera.camera_id for camera in capture.cameras} for capture in self.captures}
         for shard, sample in samples:
             other = sample.members.keys() - images.keys() - textures - headset
             if not needed <= other <= needed | _OPTIONAL:
                 odd = min(other ^ needed)
                 raise ValueError(f"{sample.frame_id}.{odd}: an unknown member, or one that is absent")
-            absent = {camera_id for suffix, camera_id in images.items() if suffix not in sample.members}
-            if absent != set(sample.missing_views):
+            own = of_capture.get(self._capture_name(sample.frame_id))
+            if own is None:
+                raise ValueError(f"{sample.frame_id}: of none of the captures {[item.name for item in self.captures]}")
+            stored = {camera_id for suffix, camera_id in images.items() if suffix in sample.members}
+            absent = own - stored
+            if not stored <= own or absent != set(sample.missing_views):
                 raise ValueError(f"{sample.frame_id}: missing views {sorted(absent)}, listed {sample.missing_views}")
             if not _FRAME_ID.fullmatch(sample.frame_id):
                 raise ValueError(f"{sample.frame_id!r} is not SEGMENT/FRAME")
@@ -221,7 +245,7 @@ class Manifest(StrictConfig):
     @property
     def digest(self) -> str:
         """SHA-256 over everything that determines the data: equal digests mean equal batches, wherever they lie."""
-        content = self.model_dump(mode="json", exclude={"capture_uri", "shards"})
+        content = self.model_dump(mode="json", exclude={"captures": {"__all__": {"uri"}}, "shards": True})
         content["shards"] = [(shard.name, shard.sha256, shard.size_bytes) for shard in self.shards]
         return canonical_sha256(content)
 
@@ -230,11 +254,38 @@ class Manifest(StrictConfig):
         """Of the average textures."""
         return self.config["texture_codec"]
 
+    @property
+    def cameras(self) -> tuple[CameraRecord, ...]:
+        """Every camera once, in the order of the views; its calibration is that of the first capture that has it."""
+        first = {camera.camera_id: camera for capture in self.captures[::-1] for camera in capture.cameras}
+        return tuple(first[camera_id] for camera_id in self.camera_ids)
+
+    @property
+    def headset_cameras(self) -> tuple[CameraRecord, ...]:
+        """The headset's cameras; their calibration is that of the first capture."""
+        return self.captures[0].headset_cameras
+
+    def capture_of(self, frame_id: str) -> CaptureRecord:
+        """The capture that a frame of this set is of."""
+        name = self._capture_name(frame_id)
+        return next(capture for capture in self.captures if capture.name == name)
+
+    def views_missing_in(self, sample: SampleRecord) -> tuple[str, ...]:
+        """The cameras without an image of a frame, those that its whole capture lacks among them."""
+        capture = self.capture_of(sample.frame_id)
+        if len(capture.cameras) == len(self.camera_ids):
+            return sample.missing_views
+        present = {camera.camera_id for camera in capture.cameras} - set(sample.missing_views)
+        return tuple(camera_id for camera_id in self.camera_ids if camera_id not in present)
+
     def missing_views(self) -> Iterator[tuple[str, str]]:
         """All (frame id, camera id) without an image."""
         for shard in self.shards:
             for sample in shard.samples:
-                yield from ((sample.frame_id, camera_id) for camera_id in sample.missing_views)
+                yield from ((sample.frame_id, camera_id) for camera_id in self.views_missing_in(sample))
+
+    def _capture_name(self, frame_id: str) -> str | None:
+        return None if self.captures[0].name is None else capture_name_of(frame_id)
 
     def skipped(self) -> tuple[SkippedFile, ...]:
         """All files that could not be used."""
@@ -251,6 +302,31 @@ def _check_version(text: bytes, uri: str) -> None:
         raise ShardSetVersionError(
             f"{uri}: format version {version!r:.20}, expected {FORMAT_VERSION}; shard again, to another place"
         )
+
+
+def _check_captures(
+    captures: tuple[CaptureRecord, ...], camera_ids: tuple[str, ...], frontal_camera_id: str | None
+) -> None:
+    """Names that are safe and sorted, and cameras of which the set's views can be made.
+
+    Raises:
+        ValueError: naming what is wrong.
+    """
+    names = [capture.name for capture in captures]
+    if names != [None] and names != sorted({name for name in names if name and CAPTURE_NAME.fullmatch(name)}):
+        raise ValueError(f"captures: {names} are no names, or not sorted, or one stands there twice")
+    ids = [[camera.camera_id for camera in capture.cameras] for capture in captures]
+    headset = [[camera.camera_id for camera in capture.headset_cameras] for capture in captures]
+    for name, of_capture in (("cameras", ids), ("headset_cameras", headset)):
+        for own in of_capture:
+            if len(set(own)) < len(own):
+                raise ValueError(f"{name}: {Counter(own).most_common(1)[0][0]!r} stands there twice")
+    if {camera_id for own in ids for camera_id in own} != set(camera_ids):
+        raise ValueError("camera_ids: not the cameras of the captures")
+    if any(not own or (frontal_camera_id is not None and frontal_camera_id not in own) for own in ids):
+        raise ValueError(f"captures: one has no camera, or lacks the frontal camera {frontal_camera_id!r}")
+    if any(own != headset[0] for own in headset):
+        raise ValueError("captures: their headset cameras differ")
 
 
 def canonical_sha256(content: Any) -> Sha256:

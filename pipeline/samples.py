@@ -40,6 +40,7 @@ from pipeline.codecs import (
     resize_image,
 )
 from pipeline.manifest import SkippedFile
+from pipeline.segment_names import stored_segment
 from pipeline.tar import check_member_name
 from pipeline.undistort import Undistorter
 from pipeline.unwrapping import FrameUnwrapper
@@ -64,6 +65,7 @@ class SampleSettings:
         store_view_textures: whether textures of single cameras are stored.
         unwrap_camera_ids: the cameras from which a missing average texture is made; held-out ones are not among
             them, so that nothing of their images reaches the encoder.
+        capture_name: added to the segments' names, in a set of several captures.
     """
 
     image_size_hw: tuple[int, int]
@@ -75,6 +77,7 @@ class SampleSettings:
     resize_filter: ResizeFilter
     store_view_textures: bool
     unwrap_camera_ids: tuple[str, ...]
+    capture_name: str | None = None
 
 
 def image_suffix(camera_id: str, codec: str) -> str:
@@ -128,7 +131,8 @@ class SampleEncoder:
     def sample(self, segment: str, frame: str) -> FrameSample | None:
         """The sample of a frame; None if its mesh or pose cannot be used, or no average texture can be had."""
         source = self.capture.frame(segment, frame)
-        frame_id = f"{segment}/{frame}"
+        stored_name = stored_segment(segment, self.settings.capture_name)
+        frame_id = f"{stored_name}/{frame}"
         vertices = self._attempt(source.source_of("vertices"), source.vertices)
         pose = self._attempt(source.source_of("pose"), source.world_from_head)
         if vertices is None or pose is None:
@@ -141,7 +145,7 @@ class SampleEncoder:
         if stored is None:
             return None
         texture, texture_facts = stored
-        facts = {"segment": segment, "frame": frame, "world_from_head": pose.tolist(), **texture_facts}
+        facts = {"segment": stored_name, "frame": frame, "world_from_head": pose.tolist(), **texture_facts}
         sample = FrameSample(frame_id, iter(()))
         sample.members = self._members(source, sample, vertices, texture, facts)
         return sample

@@ -22,12 +22,14 @@ class ShardFacts:
     """One shard.
 
     Attributes:
+        capture: the one of its frames; None in a set of one capture.
         views: stored camera images.
         missing_views: cameras without an image, over all frames.
     """
 
     name: str
     split: str
+    capture: str | None
     frames: int
     views: int
     missing_views: int
@@ -142,12 +144,13 @@ def list_shards(uri: str) -> SetListing:
     known = _image_suffixes(manifest, uri)
     shards, frames = [], []
     for shard in manifest.shards:
-        own = [_frame_facts(shard, sample, known) for sample in shard.samples]
+        own = [_frame_facts(manifest, shard, sample, known) for sample in shard.samples]
         frames += own
         shards.append(
             ShardFacts(
                 name=shard.name,
                 split=shard.split,
+                capture=manifest.capture_of(own[0].frame_id).name if own else None,
                 frames=len(own),
                 views=sum(frame.views for frame in own),
                 missing_views=sum(len(frame.missing_views) for frame in own),
@@ -175,7 +178,7 @@ def show_frame(uri: str, frame_id: str) -> FrameListing:
     if not isinstance(facts, dict):
         raise ShardSetError(f"{_address(uri, shard, sample, FRAME)}: not the facts of a frame; shard again")
     members = sorted((_member_facts(sample, suffix) for suffix in sample.members), key=lambda member: member.offset)
-    return FrameListing(_frame_facts(shard, sample, _image_suffixes(manifest, uri)), facts, tuple(members))
+    return FrameListing(_frame_facts(manifest, shard, sample, _image_suffixes(manifest, uri)), facts, tuple(members))
 
 
 def read_view(uri: str, frame_id: str, camera_id: str) -> StoredView:
@@ -249,13 +252,15 @@ def _image_suffixes(manifest: Manifest, uri: str) -> frozenset[str]:
     return frozenset(image_suffix(camera.camera_id, codec) for camera in manifest.cameras)
 
 
-def _frame_facts(shard: ShardRecord, sample: SampleRecord, image_suffixes: frozenset[str]) -> FrameFacts:
+def _frame_facts(
+    manifest: Manifest, shard: ShardRecord, sample: SampleRecord, image_suffixes: frozenset[str]
+) -> FrameFacts:
     return FrameFacts(
         frame_id=sample.frame_id,
         shard=shard.name,
         split=shard.split,
         views=len(image_suffixes & sample.members.keys()),
-        missing_views=sample.missing_views,
+        missing_views=manifest.views_missing_in(sample),
         members=len(sample.members),
         members_bytes=sum(size for _, size, _ in sample.members.values()),
     )

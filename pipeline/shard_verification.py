@@ -134,7 +134,7 @@ def verify_shard(uri: str, manifest: Manifest, record: ShardRecord) -> VerifyPar
 
 def _bad_cameras(uri: str, manifest: Manifest) -> tuple[BadFile, ...]:
     faults, source = FaultList(uri), storage.join(uri, MANIFEST_NAME)
-    for camera in (*manifest.cameras, *manifest.headset_cameras):
+    for camera in (camera for capture in manifest.captures for camera in (*capture.cameras, *capture.headset_cameras)):
         try:
             with _any_fault_named(source):
                 intrinsics, pose = np.array(camera.intrinsics), np.array(camera.cam_from_world)
@@ -281,11 +281,10 @@ def _check_frame(body: bytes, sample: SampleRecord, source: str, manifest: Manif
     _check_shape(pose.shape, (3, 4), source)
     parse_pose(" ".join(str(number) for number in pose.ravel()).encode(), source)
     codec = str(manifest.config["codec"])
-    stored = [
-        camera.camera_id for camera in manifest.cameras if image_suffix(camera.camera_id, codec) in sample.members
-    ]
-    known = {camera.camera_id for camera in manifest.cameras}
-    if frame_id != sample.frame_id or present != stored or known - set(stored) != set(sample.missing_views):
+    capture = manifest.capture_of(sample.frame_id)
+    stored = [camera.camera_id for camera in capture.cameras if image_suffix(camera.camera_id, codec) in sample.members]
+    missing = {camera.camera_id for camera in capture.cameras} - set(stored)
+    if frame_id != sample.frame_id or present != stored or missing != set(sample.missing_views):
         raise ShardMemberError(f"{source}: frame {frame_id} with {len(present)} cameras, not as the manifest has it")
 
 

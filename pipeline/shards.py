@@ -1,7 +1,7 @@
-"""From a capture to a WebDataset shard set: plan, write each shard, take statistics, commit.
+"""From captures to a WebDataset shard set: plan, write each shard, take statistics, commit.
 
-Every step is a plain function that can run anywhere: :func:`plan_shards` is a pure function of the capture's
-listing and the configuration, :func:`write_shard` is idempotent and gives the same bytes whenever it is run, and
+Every step is a plain function that can run anywhere: :func:`plan_shards` is a pure function of the captures'
+listings and the configuration, :func:`write_shard` is idempotent and gives the same bytes whenever it is run, and
 :func:`commit` writes the manifest last, which makes the set exist.
 """
 
@@ -18,15 +18,16 @@ import numpy as np
 from lipflow.errors import CaptureError, ShardSetError
 from lipflow.types import Normalization
 from pipeline import storage
-from pipeline.capture import Capture
 from pipeline.codecs import resize_image
 from pipeline.corrupt_files import CorruptFilesError, FaultLimit
-from pipeline.manifest import CameraRecord, Manifest, SampleRecord, ShardRecord, SkippedFile
+from pipeline.manifest import CameraRecord, CaptureRecord, Manifest, SampleRecord, ShardRecord, SkippedFile
 from pipeline.member_reads import read_mesh_and_texture
 from pipeline.samples import SampleEncoder
 from pipeline.sealing import seal
 from pipeline.setfiles import NORMALIZATION_NAME, TOPOLOGY_NAME, encode_normalization, encode_topology
-from pipeline.shard_plan import ShardConfig, ShardPlan, ShardTask, open_for_sharding, plan_shards, sample_settings
+from pipeline.shard_config import ShardConfig
+from pipeline.shard_plan import ShardPlan, ShardTask, plan_shards
+from pipeline.shard_sources import Captures, ShardSources, StoredCapture, named_captures, open_for_sharding
 from pipeline.shard_target import (
     ShardSidecar,
     claimed,
@@ -61,7 +62,7 @@ class ShardOutcome:
     sums: FrameSums | None
 
 
-def finish_shard(capture: Capture | str, config: ShardConfig, task: ShardTask, out_uri: str) -> ShardOutcome:
+def finish_shard(capture: StoredCapture | Captures, config: ShardConfig, task: ShardTask, out_uri: str) -> ShardOutcome:
     """Write one shard, or keep it where the very same one is there, and take its part of the statistics.
 
     Raises:
@@ -75,11 +76,11 @@ def finish_shard(capture: Capture | str, config: ShardConfig, task: ShardTask, o
     return ShardOutcome(record, kept, shard_statistics(out_uri, record) if wanted else None)
 
 
-def write_shard(capture: Capture | str, config: ShardConfig, task: ShardTask, out_uri: str) -> ShardRecord:
+def write_shard(capture: StoredCapture | Captures, config: ShardConfig, task: ShardTask, out_uri: str) -> ShardRecord:
     """Write one shard, unless the very same one is there already. Its bytes depend on the arguments alone.
 
     Args:
-        capture: as :func:`pipeline.shard_plan.open_for_sharding` gives it, or its URI.
+        capture: the task's, as the plan's sources have it, or all captures that were planned.
         config: the configuration of the set.
         task: one of the plan's.
         out_uri: the folder of the set.
@@ -92,10 +93,10 @@ def write_shard(capture: Capture | str, config: ShardConfig, task: ShardTask, ou
     return _present_record(config, task, out_uri) or _write(capture, config, task, out_uri)
 
 
-def _write(capture: Capture | str, config: ShardConfig, task: ShardTask, out_uri: str) -> ShardRecord:
-    if isinstance(capture, str):
-        capture = open_for_sharding(capture, config)
-    encoder = SampleEncoder(capture, sample_settings(capture, config))
+def _write(capture: StoredCapture | Captures, config: ShardConfig, task: ShardTask, out_uri: str) -> ShardRecord:
+    if not isinstance(capture, StoredCapture):
+        capture = open_for_sharding(capture, config).of(task.capture_name)
+    encoder = SampleEncoder(capture.capture, capture.settings)
     samples = []
     with storage.open_for_writing(storage.join(out_uri, task.name)) as stream, ShardWriter(stream) as writer:
         for segment, frame in task.frames:
@@ -105,7 +106,7 @@ def _write(capture: Capture | str, config: ShardConfig, task: ShardTask, out_uri
                 missing = tuple(sample.missing_views)
                 samples.append(SampleRecord(frame_id=sample.frame_id, members=places, missing_views=missing))
         if encoder.skipped and config.on_error == "fail":
-            raise CorruptFilesError(capture.uri, tuple(encoder.skipped), FETCH_OR_SKIP)
+            raise CorruptFilesError(capture.capture.uri, tuple(encoder.skipped), FETCH_OR_SKIP)
     record = ShardRecord(
         name=task.name,
         split=task.split,
@@ -127,27 +128,24 @@ def shard_statistics(out_uri: str, record: ShardRecord) -> FrameSums | None:
     return sum_frames(record.name, (read_mesh_and_texture(shard_uri, sample) for sample in record.samples))
 
 
-def reduce_statistics(
-    out_uri: str, capture: Capture, config: ShardConfig, partials: Iterable[FrameSums | None]
-) -> Normalization:
+def reduce_statistics(plan: ShardPlan, partials: Iterable[FrameSums | None]) -> Normalization:
     """The set's normalisation from the partial statistics of all training shards, in any order.
 
     Raises:
         CaptureError: the capture's own statistics are asked for and it has none, or there is no training frame.
     """
-    if config.statistics == "recompute":
+    if plan.config.statistics == "recompute":
         return normalization_from(merge(partial for partial in partials if partial is not None))
+    capture, size = plan.sources.captures[0].capture, plan.sources.captures[0].settings.texture_size
     own = capture.normalization()
     if own is None:
         raise CaptureError(f"{capture.uri}: the capture has no statistics of its own; set statistics=recompute")
-    size = config.texture_size or capture.texture_size
     texture = np.stack([resize_image(channel, (size, size)) for channel in own.texture_mean.astype(np.float32)])
     return Normalization(texture, own.texture_std, own.vertices_mean, own.vertices_std)
 
 
 def commit(
     out_uri: str,
-    capture: Capture,
     plan: ShardPlan,
     records: list[ShardRecord],
     normalization: Normalization,
@@ -165,30 +163,38 @@ def commit(
     if absent:
         raise ShardSetError(f"{out_uri}: {len(absent)} shards were not written, first {absent[0]}; run it again")
     ordered = tuple(by_name[task.name] for task in plan.shards)
-    _check_skipped(capture.uri, plan.config, ordered)
-    size = plan.settings.texture_size
+    _check_skipped(plan.sources.uri, plan.config, ordered)
+    first = plan.sources.captures[0]
+    image_size_hw, size = first.settings.image_size_hw, first.settings.texture_size
     files = {
-        TOPOLOGY_NAME: encode_topology(capture.topology, size),
+        TOPOLOGY_NAME: encode_topology(first.capture.topology, size),
         NORMALIZATION_NAME: encode_normalization(normalization),
     }
     for name, body in files.items():
         storage.write_bytes(storage.join(out_uri, name), body)
     manifest = Manifest(
         config=plan.config.model_dump(mode="json"),
-        capture_uri=capture.uri,
+        captures=tuple(
+            CaptureRecord(
+                name=stored.name,
+                uri=stored.capture.uri,
+                cameras=tuple(CameraRecord.of(camera.resized(image_size_hw)) for camera in stored.capture.cameras),
+                headset_cameras=tuple(CameraRecord.of(camera) for camera in stored.capture.headset_cameras),
+            )
+            for stored in plan.sources.captures
+        ),
+        camera_ids=tuple(camera.camera_id for camera in plan.sources.cameras),
         fingerprint=plan.fingerprint,
         files={name: hashlib.sha256(body).hexdigest() for name, body in files.items()},
         shards=ordered,
-        cameras=tuple(CameraRecord.of(camera.resized(plan.settings.image_size_hw)) for camera in capture.cameras),
-        train_camera_ids=plan.train_camera_ids,
-        test_camera_ids=plan.test_camera_ids,
-        frontal_camera_id=capture.frontal_camera_id,
-        headset_cameras=tuple(CameraRecord.of(camera) for camera in capture.headset_cameras),
-        keypoint_names=capture.keypoint_names,
+        train_camera_ids=plan.sources.train_camera_ids,
+        test_camera_ids=plan.sources.test_camera_ids,
+        frontal_camera_id=plan.sources.frontal_camera_id,
+        keypoint_names=first.capture.keypoint_names,
         splits={split: tuple(segments) for split, segments in plan.splits.items()},
-        image_size_hw=plan.settings.image_size_hw,
+        image_size_hw=image_size_hw,
         texture_size=size,
-        num_vertices=capture.topology.num_vertices,
+        num_vertices=first.capture.topology.num_vertices,
     )
     with contextlib.suppress(ShardSetError):
         present = Manifest.load(out_uri)
@@ -213,7 +219,7 @@ def find_committed(out_uri: str, plan: ShardPlan, *, check_digests: bool = False
         return None
     if manifest.fingerprint != plan.fingerprint or (manifest.skipped() and plan.config.on_error == "fail"):
         return None
-    _check_skipped(manifest.capture_uri, plan.config, manifest.shards)
+    _check_skipped(plan.sources.uri, plan.config, manifest.shards)
     digests = manifest.files | ({shard.name: shard.sha256 for shard in manifest.shards} if check_digests else {})
 
     def has_its_size(shard: ShardRecord) -> bool:
@@ -228,15 +234,19 @@ def find_committed(out_uri: str, plan: ShardPlan, *, check_digests: bool = False
     return manifest if intact else None
 
 
-def write_shards(capture: Capture | str, config: ShardConfig, out_uri: str) -> Manifest:
+def write_shards(captures: Captures, config: ShardConfig, out_uri: str) -> Manifest:
     """The whole job in this process: plan, write, take statistics, commit; nothing if that was done before.
+
+    Args:
+        captures: one, or several by name, each open or by its URI.
+        config: the configuration of the set.
+        out_uri: the folder of the set.
 
     Raises:
         LipflowError: as the single steps.
     """
     config = config.model_copy(update={"splits": with_split_files(config.splits)})
-    capture = open_for_sharding(capture, config)
-    plan = plan_shards(capture, config)
+    plan = plan_shards(captures, config)
     done = find_committed(out_uri, plan)
     if done is not None:
         remove_leftovers(out_uri, plan.fingerprint)
@@ -249,7 +259,7 @@ def write_shards(capture: Capture | str, config: ShardConfig, out_uri: str) -> M
     with claimed(out_uri, plan.fingerprint, names):
         for task in plan.shards:
             try:
-                outcome = finish_shard(capture, plan.config, task, out_uri)
+                outcome = finish_shard(plan.sources.of(task.capture_name), plan.config, task, out_uri)
             except CorruptFilesError as error:
                 faults += error.files
                 if limit.is_passed_by(len(error.files)):
@@ -258,8 +268,8 @@ def write_shards(capture: Capture | str, config: ShardConfig, out_uri: str) -> M
                 records.append(outcome.record)
                 sums.add(task.name, outcome.sums)
         if faults:
-            raise CorruptFilesError(capture.uri, tuple(faults), FETCH_OR_SKIP)
-        return commit(out_uri, capture, plan, records, reduce_statistics(out_uri, capture, plan.config, [sums.total()]))
+            raise CorruptFilesError(plan.sources.uri, tuple(faults), FETCH_OR_SKIP)
+        return commit(out_uri, plan, records, reduce_statistics(plan, [sums.total()]))
 
 
 def _present_record(config: ShardConfig, task: ShardTask, out_uri: str) -> ShardRecord | None:
@@ -299,10 +309,13 @@ __all__ = [
     "ShardConfig",
     "ShardOutcome",
     "ShardPlan",
+    "ShardSources",
     "ShardTask",
+    "StoredCapture",
     "commit",
     "find_committed",
     "finish_shard",
+    "named_captures",
     "open_for_sharding",
     "plan_shards",
     "reduce_statistics",

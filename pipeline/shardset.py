@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +23,33 @@ from lipflow.types import (
 )
 from pipeline import storage
 from pipeline.frames import BatchPixels, FrameArrays, FrameReader
-from pipeline.manifest import Manifest, SampleRecord, ShardRecord
+from pipeline.manifest import CaptureRecord, Manifest, SampleRecord, ShardRecord
 from pipeline.member_reads import fetch_members
 from pipeline.samples import image_suffix
 from pipeline.setfiles import NORMALIZATION_NAME, TOPOLOGY_NAME, decode_normalization, decode_topology
+
+
+@dataclass(frozen=True)
+class _Calibration:
+    """Of one capture: ``intrinsics (C, 3, 3)`` and ``poses (C, 3, 4)`` in the set's order of cameras."""
+
+    intrinsics: np.ndarray
+    poses: np.ndarray
+    headset_intrinsics: np.ndarray
+    headset_poses: np.ndarray
+
+    @classmethod
+    def of(cls, capture: CaptureRecord, manifest: Manifest) -> _Calibration:
+        by_id = {record.camera_id: record.camera() for record in capture.cameras}
+        # What a batch holds for an absent view is never compared with anything, but has to be a camera that renders.
+        cameras = [by_id.get(camera_id, capture.cameras[0].camera()) for camera_id in manifest.camera_ids]
+        headset = [record.camera() for record in capture.headset_cameras]
+        return cls(
+            intrinsics=np.array([camera.intrinsics for camera in cameras], np.float32),
+            poses=np.array([camera.cam_from_world for camera in cameras]),
+            headset_intrinsics=np.array([camera.intrinsics for camera in headset], np.float32),
+            headset_poses=np.array([camera.cam_from_world for camera in headset], np.float32),
+        )
 
 
 class ShardSet:
@@ -38,6 +62,10 @@ class ShardSet:
         normalization: statistics of the training frames.
         cameras: the dome cameras at the stored image size; ``FrameBatch.camera_index`` indexes this list.
         headset_cameras: ``cam_from_world`` holds cam_from_head.
+
+    In a set of several captures, :attr:`cameras` and :attr:`headset_cameras` tell the calibration of the first capture
+    that has each, for their ids and sizes. Batches hold K and pose of each frame's own capture; a camera that it lacks
+    is an absent view, which takes those of the capture's first camera.
     """
 
     def __init__(self, uri: str, manifest: Manifest, topology: Topology, normalization: Normalization):
@@ -48,8 +76,7 @@ class ShardSet:
         self.cameras: list[Camera] = [record.camera() for record in manifest.cameras]
         self.headset_cameras: list[Camera] = [record.camera() for record in manifest.headset_cameras]
         self._camera_place = {camera.camera_id: place for place, camera in enumerate(self.cameras)}
-        self._poses = np.array([camera.cam_from_world for camera in self.cameras])
-        self._intrinsics = np.array([camera.intrinsics for camera in self.cameras], np.float32)
+        self._calibrations = {capture.name: _Calibration.of(capture, manifest) for capture in manifest.captures}
         self._samples = {sample.frame_id: (shard, sample) for shard in manifest.shards for sample in shard.samples}
 
     @classmethod
@@ -169,6 +196,10 @@ class ShardSet:
     ) -> FrameBatch:
         """Put decoded frames together; ``camera_places (B, K)`` index :attr:`cameras`."""
         world_from_head = np.stack([frame.world_from_head for frame in frames])
+        # by the frames that were decoded: one that only fills a batch has another id
+        own = [self._calibrations[self.manifest.capture_of(frame.frame_id).name] for frame in frames]
+        intrinsics = np.stack([one.intrinsics[row] for one, row in zip(own, camera_places, strict=True)])
+        poses = np.stack([one.poses[row] for one, row in zip(own, camera_places, strict=True)])
         return FrameBatch(
             frame_ids=frame_ids,
             vertices=_stack([frame.vertices for frame in frames]),
@@ -176,23 +207,20 @@ class ShardSet:
             images=pixels.images,
             view_present=_stack([frame.view_present for frame in frames]),
             camera_index=torch.from_numpy(camera_places.astype(np.int64)),
-            cameras=CameraTensors(
-                torch.from_numpy(self._intrinsics[camera_places]),
-                cam_from_head_tensor(self._poses[camera_places], world_from_head[:, None]),
-            ),
-            driving=self._driving(frames, pixels, world_from_head),
+            cameras=CameraTensors(torch.from_numpy(intrinsics), cam_from_head_tensor(poses, world_from_head[:, None])),
+            driving=self._driving(frames, pixels, world_from_head, own),
         )
 
-    def _driving(self, frames: list[FrameArrays], pixels: BatchPixels, world_from_head: np.ndarray) -> DrivingSignals:
+    def _driving(
+        self, frames: list[FrameArrays], pixels: BatchPixels, world_from_head: np.ndarray, own: list[_Calibration]
+    ) -> DrivingSignals:
         signals = DrivingSignals()
-        count = len(frames)
         if frames[0].headset is not None:
-            intrinsics = np.stack([camera.intrinsics for camera in self.headset_cameras]).astype(np.float32)
-            poses = np.stack([camera.cam_from_world for camera in self.headset_cameras]).astype(np.float32)
             signals.hmc_images = _stack([frame.headset for frame in frames])
             signals.hmc_present = _stack([frame.headset_present for frame in frames])
             signals.hmc_cameras = CameraTensors(
-                torch.from_numpy(intrinsics).repeat(count, 1, 1, 1), torch.from_numpy(poses).repeat(count, 1, 1, 1)
+                torch.from_numpy(np.stack([one.headset_intrinsics for one in own])),
+                torch.from_numpy(np.stack([one.headset_poses for one in own])),
             )
         if pixels.frontal is not None:
             signals.frontal_images = pixels.frontal
@@ -200,10 +228,10 @@ class ShardSet:
         if frames[0].keypoints is not None:
             signals.keypoints = _stack([frame.keypoints for frame in frames])
         if self.frontal_camera_id is not None:
-            camera = self.cameras[self._camera_place[self.frontal_camera_id]]
+            place = self._camera_place[self.frontal_camera_id]
             signals.frontal_cameras = CameraTensors(
-                torch.from_numpy(camera.intrinsics.astype(np.float32)).repeat(count, 1, 1),
-                cam_from_head_tensor(camera.cam_from_world, world_from_head),
+                torch.from_numpy(np.stack([one.intrinsics[place] for one in own])),
+                cam_from_head_tensor(np.stack([one.poses[place] for one in own]), world_from_head),
             )
         return signals
 

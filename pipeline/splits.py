@@ -12,23 +12,48 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from pydantic import Field
 
 from lipflow.config import StrictConfig
 from lipflow.errors import ConfigError
+from lipflow.types import Camera
 from pipeline import storage
-from pipeline.capture import Capture
+from pipeline.segment_names import SEPARATOR
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 
+class HasSegments(Protocol):
+    """A capture, or several."""
+
+    @property
+    def segments(self) -> Mapping[str, tuple[str, ...]]:
+        """Segment to its frames."""
+
+
+class HasCameras(Protocol):
+    """A capture, or several."""
+
+    @property
+    def cameras(self) -> tuple[Camera, ...]:
+        """In calibration order."""
+
+    @property
+    def frontal_camera_id(self) -> str | None:
+        """The camera that drives."""
+
+
 class SplitConfig(StrictConfig):
-    """How a capture's segments and cameras are divided.
+    """How the segments and cameras of a capture, or of several, are divided.
+
+    With several captures a segment is ``SEGMENT@CAPTURE``. A pattern with an ``@`` is compared with all of it, one
+    without with the segment alone, in every capture; and by fraction a segment is drawn in all captures at once, so
+    that no expression is held out in one and trained in another.
 
     Attributes:
         test_segments: shell patterns of the held-out segments; empty: a fraction is drawn.
@@ -94,20 +119,27 @@ def hash_order(names: Iterable[str], seed: int, purpose: str) -> list[str]:
     return sorted(names, key=lambda name: hashlib.sha256(f"{seed}\n{purpose}\n{name}".encode()).digest())
 
 
-def split_segments(capture: Capture, config: SplitConfig) -> dict[str, list[str]]:
+def split_segments(
+    capture: HasSegments, config: SplitConfig, segment_of: Callable[[str], str] = str
+) -> dict[str, list[str]]:
     """Segments of ``"train"``, ``"val"`` and ``"test"``, disjoint, each sorted; together they are the capture.
+
+    Args:
+        capture: one, or several.
+        config: how they are divided.
+        segment_of: from the name of a segment to that which it has in its own capture.
 
     Raises:
         ConfigError: a pattern that fits nothing, a segment claimed twice, or nothing left for training.
     """
     segments = sorted(capture.segments)
-    test = _chosen(segments, config.test_segments, config.test_fraction, config.seed, "test")
-    val_by_pattern = _matching(segments, config.val_segments, "val_segments")
+    test = _chosen(segments, config.test_segments, config.test_fraction, config.seed, "test", segment_of)
+    val_by_pattern = _matching(segments, config.val_segments, "val_segments", segment_of)
     both = sorted(set(test) & set(val_by_pattern))
     if both:
         raise ConfigError(f"segment {both[0]!r} is in test and in validation; correct splits.val_segments")
     rest = [segment for segment in segments if segment not in test]
-    val = val_by_pattern or _chosen(rest, (), config.val_fraction, config.seed, "val")
+    val = val_by_pattern or _chosen(rest, (), config.val_fraction, config.seed, "val", segment_of)
     train = [segment for segment in rest if segment not in val]
     if not train:
         raise ConfigError(
@@ -117,7 +149,7 @@ def split_segments(capture: Capture, config: SplitConfig) -> dict[str, list[str]
     return {"train": train, "val": sorted(val), "test": sorted(test)}
 
 
-def split_cameras(capture: Capture, config: SplitConfig) -> tuple[list[str], list[str]]:
+def split_cameras(capture: HasCameras, config: SplitConfig) -> tuple[list[str], list[str]]:
     """Training and held-out camera ids, in calibration order. Neither the first nor the frontal one is ever drawn.
 
     Cameras in neither list are left out, which only happens where ``train_cameras`` are given.
@@ -155,11 +187,20 @@ def split_cameras(capture: Capture, config: SplitConfig) -> tuple[list[str], lis
     return train, test
 
 
-def _chosen(names: Sequence[str], patterns: Sequence[str], fraction: float, seed: int, purpose: str) -> list[str]:
+def _chosen(
+    names: Sequence[str],
+    patterns: Sequence[str],
+    fraction: float,
+    seed: int,
+    purpose: str,
+    segment_of: Callable[[str], str],
+) -> list[str]:
     if patterns:
-        return _matching(names, patterns, f"{purpose}_segments")
-    count = max(1, math.floor(fraction * len(names) + 0.5)) if fraction > 0 else 0
-    return hash_order(names, seed, purpose)[:count]
+        return _matching(names, patterns, f"{purpose}_segments", segment_of)
+    segments = {segment_of(name) for name in names}
+    count = max(1, math.floor(fraction * len(segments) + 0.5)) if fraction > 0 else 0
+    drawn = set(hash_order(segments, seed, purpose)[:count])
+    return [name for name in names if segment_of(name) in drawn]
 
 
 def _json_object(uri: str) -> dict[str, Any]:
@@ -179,11 +220,16 @@ def _names_of(split: dict[str, Any], key: str, source: str) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _matching(names: Sequence[str], patterns: Sequence[str], field: str) -> list[str]:
+def _matching(
+    names: Sequence[str], patterns: Sequence[str], field: str, short_of: Callable[[str], str] = str
+) -> list[str]:
+    def fits(name: str, pattern: str) -> bool:
+        return fnmatchcase(name, pattern) or (SEPARATOR not in pattern and fnmatchcase(short_of(name), pattern))
+
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if not any(fits(name, pattern) for name in names):
             raise ConfigError(f"splits.{field}: {pattern!r} fits none of {', '.join(names[:8])}...; correct it")
-    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    return [name for name in names if any(fits(name, pattern) for pattern in patterns)]
 
 
 def spread(names: Sequence[str], count: int | None) -> list[str]:

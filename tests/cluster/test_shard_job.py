@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import pickle
+import shutil
 import sys
 from pathlib import Path
 
@@ -92,18 +95,61 @@ def test_progress_counts_kept_shards_apart_and_rates_only_what_was_written(
     monkeypatch.setattr(shard.time, "monotonic", lambda: clock[0])
     opened = open_for_sharding(capture, CONFIG)
     plan = plan_shards(opened, CONFIG)
+    (stored,) = plan.sources.captures
     first, second = plan.shards[:2]
-    finish_shard(opened, CONFIG, first, str(tmp_path))
+    finish_shard(stored, CONFIG, first, str(tmp_path))
     progress = shard._Progress(plan)
     assert progress.note() == "none written yet"
     clock[0] += 2
-    progress.receive(finish_shard(opened, CONFIG, first, str(tmp_path)))
+    progress.receive(finish_shard(stored, CONFIG, first, str(tmp_path)))
     assert (progress.shards_kept, progress.note()) == (1, "1 kept, none written yet")
     clock[0] += 2
-    outcome = finish_shard(opened, CONFIG, second, str(tmp_path))
+    outcome = finish_shard(stored, CONFIG, second, str(tmp_path))
     assert progress.receive(outcome) is outcome.record
     megabytes = outcome.record.size_bytes / 4 / 1e6
     # Two frames in four seconds; 8 of 12 are left.
     assert progress.note() == f"1 kept, 0.5 frames/s, {megabytes:.1f} MB/s, 0:00:16 left"
     faults = CorruptFilesError(capture, ())
     assert progress.receive(faults) is faults
+
+
+def test_several_captures_on_the_command_line(
+    capture: str,
+    recipe: ShardRecipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    """Tasks run here, but as Ray would send them: pickled."""
+
+    def map_here(function, arguments, *, receive, **_: object) -> list:
+        return [receive(function(*pickle.loads(pickle.dumps(one)))) for one in arguments]
+
+    monkeypatch.setattr(shard, "map_tasks", map_here)
+    monkeypatch.setattr(shard, "ray_cluster", contextlib.nullcontext)
+    other = tmp_path / "other"
+    shutil.copytree(capture, other)
+    arguments = ["shard", f"first={capture}", str(other), str(tmp_path / "out"), "--json"]
+    arguments += ["--set", "shard.frames_per_shard=2", "--set", f"tracking.uri={recipe.tracking.uri}"]
+
+    def run(*extra: str) -> dict:
+        monkeypatch.setattr(sys, "argv", ["lipflow", *arguments, *extra])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert not ended.value.code
+        return json.loads(capsys.readouterr().out)
+
+    planned = run("--dry-run")
+    assert not (tmp_path / "out").exists()
+    done = run()
+    assert planned["captures"] == done["captures"] == [f"file://{capture}", f"file://{other}"]
+    assert planned["frames"] == done["frames"]
+    assert sum(done["frames"].values()) == 2 * 4 * 3
+    assert planned["shards_planned"] == done["shards_written"]
+    assert planned["size_bytes"] == pytest.approx(done["size_bytes"], rel=0.1, abs=10240 * done["shards_written"])
+    assert run()["written"] is False
+    by_hand = write_shards(
+        {"other": str(other), "first": capture}, ShardConfig(frames_per_shard=2), str(tmp_path / "b")
+    )
+    assert by_hand.digest == done["digest"]
+    assert {segment.split("@")[1] for segments in by_hand.splits.values() for segment in segments} == {"first", "other"}

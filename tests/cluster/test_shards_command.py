@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -72,6 +73,26 @@ def test_ls_is_one_row_a_shard_and_the_totals(run: Run, shards: Path):
     assert totals[0] == f"{len(manifest.shards)} shards"
     assert totals[2:4] == ["6", "12"]
     assert out.splitlines()[-1] == f"file://{shards}: digest {manifest.digest}"
+
+
+def test_the_captures_of_a_set_of_several_are_listed(shards: Path, run: Run, tmp_path: Path):
+    dome = shards.parent / "dome"
+    shutil.copytree(dome, tmp_path / "second")
+    captures = {"one": str(dome), "two": str(tmp_path / "second")}
+    manifest = write_shards(captures, ShardConfig(codec="jpeg"), str(tmp_path / "set"))
+    code, out, _ = run("ls", str(tmp_path / "set"))
+    assert code == 0
+    assert "capture" in out.splitlines()[1]
+    *listed, totals = rows(out)
+    assert [(row[0], row[2]) for row in listed] == [
+        (shard.name, manifest.capture_of(shard.samples[0].frame_id).name) for shard in manifest.shards
+    ]
+    assert {row[2] for row in listed} == {"one", "two"}
+    assert totals[3] == "12"
+    frame_id = manifest.shards[0].samples[0].frame_id
+    code, out, _ = run("show", str(tmp_path / "set"), frame_id, "--json")
+    assert code == 0
+    assert json.loads(out)["facts"]["segment"] == frame_id.split("/")[0] == f"{frame_id.split('@')[0]}@one"
 
 
 def test_ls_frames_is_one_row_a_frame_too(run: Run, shards: Path):

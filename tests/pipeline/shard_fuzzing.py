@@ -29,7 +29,7 @@ from lipflow.errors import LipflowError
 from lipflow.types import FrameBatch, Normalization, Topology
 from pipeline.codecs import LosslessCodec, encode_array, encode_image
 from pipeline.loader import LoaderConfig, ShardLoader, ShardSet
-from pipeline.manifest import CameraRecord, Manifest, SampleRecord, ShardRecord
+from pipeline.manifest import CameraRecord, CaptureRecord, Manifest, SampleRecord, ShardRecord
 from pipeline.samples import (
     FRAME,
     KEYPOINTS,
@@ -108,15 +108,21 @@ def write_tiny_set(folder: Path, codec: str = "png") -> None:
     ]
     Manifest(
         config={"codec": codec, "texture_codec": texture_codec},
-        capture_uri="file:///capture",
+        captures=(
+            CaptureRecord(
+                name=None,
+                uri="file:///capture",
+                cameras=tuple(cameras[: len(CAMERAS)]),
+                headset_cameras=tuple(cameras[len(CAMERAS) :]),
+            ),
+        ),
+        camera_ids=CAMERAS,
         fingerprint="0" * 64,
         files={name: hashlib.sha256(body).hexdigest() for name, body in bodies.items()},
         shards=tuple(shards),
-        cameras=tuple(cameras[: len(CAMERAS)]),
         train_camera_ids=CAMERAS,
         test_camera_ids=(),
         frontal_camera_id=CAMERAS[0],
-        headset_cameras=tuple(cameras[len(CAMERAS) :]),
         keypoint_names=POINTS,
         splits={"train": ("EXP_a",), "val": (), "test": ("EXP_b",)},
         image_size_hw=IMAGE_SIZE_HW,

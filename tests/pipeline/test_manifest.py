@@ -32,7 +32,11 @@ def test_it_survives_the_way_to_storage_and_back(manifest: Manifest, tmp_path: P
 
 
 def test_the_digest_names_the_data_and_not_their_place(manifest: Manifest):
-    assert manifest.model_copy(update={"capture_uri": "s3://elsewhere"}).digest == manifest.digest
+    (capture,) = manifest.captures
+    moved = capture.model_copy(update={"uri": "s3://elsewhere"})
+    assert manifest.model_copy(update={"captures": (moved,)}).digest == manifest.digest
+    other = capture.model_copy(update={"cameras": capture.cameras[:-1]})
+    assert manifest.model_copy(update={"captures": (other,)}).digest != manifest.digest
     assert manifest.model_copy(update={"test_camera_ids": ("400002",)}).digest != manifest.digest
     changed = manifest.shards[0].model_copy(update={"sha256": "0" * 64})
     assert manifest.model_copy(update={"shards": (changed, *manifest.shards[1:])}).digest != manifest.digest
@@ -42,6 +46,7 @@ def test_the_digest_names_the_data_and_not_their_place(manifest: Manifest):
     ("changes", "message"),
     [
         ({"format_version": 3}, "format version 3, expected 2; shard again, to another place"),
+        ({"captures": []}, "damaged at captures"),
         ({"shards": 3}, "damaged at shards"),
         ({"train_camera_ids": []}, "no camera is for training"),
         ({"surprise": 1}, "damaged at surprise"),

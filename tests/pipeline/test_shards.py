@@ -338,7 +338,8 @@ def test_shards_have_the_target_size(dome: Capture, tmp_path: Path):
 
     Its end, padded to 10 KiB, is of no frame.
     """
-    cost = probe_frames(dome, plan_shards(dome, CONFIG).settings, plan_shards(dome, CONFIG).shards[0].frames)
+    plan = plan_shards(dome, CONFIG)
+    cost = probe_frames(dome, plan.sources.captures[0].settings, plan.shards[0].frames)
     config = ShardConfig(target_shard_bytes=int(3.5 * cost.size_bytes))
     plan = plan_shards(dome, config)
     assert plan.config.frames_per_shard == 3
@@ -554,9 +555,8 @@ def test_mixed_image_sizes_ask_for_one(dome_folder: Path):
 
 def test_a_set_with_a_shard_unwritten_is_not_committed(dome: Capture, tmp_path: Path, manifest: Manifest):
     plan = plan_shards(dome, CONFIG)
-    normalization = shards.reduce_statistics(
-        str(tmp_path), dome, ShardConfig(statistics="capture", frames_per_shard=4), []
-    )
+    own = plan_shards(dome, ShardConfig(statistics="capture", frames_per_shard=4))
+    normalization = shards.reduce_statistics(own, [])
     with pytest.raises(ShardSetError, match="1 shards were not written"):
-        shards.commit(str(tmp_path), dome, plan, list(manifest.shards[1:]), normalization)
+        shards.commit(str(tmp_path), plan, list(manifest.shards[1:]), normalization)
     assert not (tmp_path / "manifest.json").exists()

@@ -76,7 +76,7 @@ def test_the_captures_own_statistics_are_taken_only_on_request(dome: Capture, sh
     own = dome.normalization()
     assert own is not None
     config = ShardConfig(frames_per_shard=4, statistics="capture")
-    taken = reduce_statistics(str(shards_folder), dome, config, [])
+    taken = reduce_statistics(plan_shards(dome, config), [])
     np.testing.assert_array_equal(taken.texture_mean, own.texture_mean)
     assert np.abs(own.vertices_mean - shard_set.normalization.vertices_mean).max() > 0
     assert plan_shards(dome, config).fingerprint != shard_set.manifest.fingerprint
