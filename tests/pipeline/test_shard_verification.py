@@ -104,10 +104,10 @@ def test_a_member_whose_crc32_is_not_the_manifest_s(own_shards_folder: Path, man
     shard, sample = first_sample(manifest)
 
     def change(document: dict) -> None:
-        document["shards"][0]["samples"][0]["members"]["avgtex.png"][2] ^= 1
+        document["shards"][0]["samples"][0]["members"]["avgtex.plz"][2] ^= 1
 
     change_manifest(own_shards_folder, change)
-    member = f"{shard.name}!{sample.frame_id}.avgtex.png"
+    member = f"{shard.name}!{sample.frame_id}.avgtex.plz"
     assert named(verify_shards(str(own_shards_folder))) == [(member, "checksum")]
 
 

@@ -228,7 +228,7 @@ def test_a_sidecar_with_another_digit_in_it_is_not_trusted(dome: Capture, own_sh
     """The shard's digest would pass; the place of a member would be wrong in the manifest that is made of it."""
     path = own_shards_folder / "train-000000.json"
     text = path.read_text()
-    offset = re.search(r'"avgtex\.png":\[(\d+),', text)
+    offset = re.search(r'"avgtex\.plz":\[(\d+),', text)
     assert offset is not None
     path.write_text(text[: offset.start(1)] + str(int(offset[1]) - 512) + text[offset.end(1) :])
     (own_shards_folder / "manifest.json").unlink()
