@@ -254,7 +254,8 @@ def test_jobs_whose_workers_are_killed_end_in_the_undisturbed_set(
         storage.delete_dir(target.uri)
     tell(f"{where}, workers: {tally}")
     assert tally.identical == WORKER_KILLS[where]
-    assert tally.while_writing >= WORKER_KILLS[where] / 3
+    # On S3, what a worker holds of a shard is in its memory most of the time, and cannot be seen.
+    assert where == "s3" or tally.while_writing >= WORKER_KILLS[where] / 3
 
 
 def test_killed_drivers_leave_what_the_next_run_completes(
