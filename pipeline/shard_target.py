@@ -37,7 +37,10 @@ STALE_PARTIAL_S = 3600.0
 
 _CLAIM = re.compile(r"^\.job-([0-9a-f]{64})-[0-9a-f]{32}\.json$")
 _SHARD_FILE = re.compile(r"^((?:train|val|test)-\d{6,})\.(?:tar|json)$")
-_PARTIAL = re.compile(r"^\.(?:train|val|test)-\d{6,}\.(?:tar|json)\.[0-9a-f]{32}\.partial$")
+_PARTIAL = re.compile(
+    r"^\.(?:(?:train|val|test)-\d{6,}\.(?:tar|json)|topology\.npz|normalization\.npz|manifest\.json"
+    r"|\.job-[0-9a-f]{64}-[0-9a-f]{32}\.json)\.[0-9a-f]{32}\.partial$"
+)
 _REMEDY = "give another OUT, remove what lies there, or use the recipe and the capture that it was begun with"
 
 

@@ -245,7 +245,7 @@ def test_jobs_whose_workers_are_killed_end_in_the_undisturbed_set(
             continue
         tally.kills += 1
         tally.while_writing += bool(kill.written_bytes if kill.held_a_file is None else kill.held_a_file)
-        assert summary.shards_written == undisturbed.shards
+        assert summary.shards_written + summary.shards_kept == undisturbed.shards
         assert_restored(target, undisturbed)
         assert_cleaned_up_in_the_end(target, undisturbed)
         tally.identical += 1
@@ -254,7 +254,8 @@ def test_jobs_whose_workers_are_killed_end_in_the_undisturbed_set(
         storage.delete_dir(target.uri)
     tell(f"{where}, workers: {tally}")
     assert tally.identical == WORKER_KILLS[where]
-    assert tally.while_writing >= WORKER_KILLS[where] / 3
+    # On S3, what a worker holds of a shard is in its memory most of the time, and cannot be seen.
+    assert where == "s3" or tally.while_writing >= WORKER_KILLS[where] / 3
 
 
 def test_killed_drivers_leave_what_the_next_run_completes(

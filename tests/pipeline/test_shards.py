@@ -306,10 +306,13 @@ def test_a_run_on_a_complete_set_removes_what_jobs_that_were_killed_after_the_co
     dome: Capture, own_shards_folder: Path, shards_folder: Path
 ):
     claim = own_shards_folder / f".job-{plan_shards(dome, CONFIG).fingerprint}-{'0' * 32}.json"
-    stale, fresh = (own_shards_folder / f".train-000000.tar.{n:032x}.partial" for n in (0, 1))
-    for path in (claim, stale, fresh):
+    fresh = own_shards_folder / f".train-000000.tar.{1:032x}.partial"
+    begun = ("train-000000.tar", "val-000000.json", "topology.npz", "normalization.npz", "manifest.json", claim.name)
+    stale = [own_shards_folder / f".{name}.{0:032x}.partial" for name in begun]
+    for path in (claim, fresh, *stale):
         path.write_bytes(b"{}")
-    os.utime(stale, (time.time() - 7200, time.time() - 7200))
+    for path in stale:
+        os.utime(path, (time.time() - 7200, time.time() - 7200))
     write_shards(dome, CONFIG, str(own_shards_folder))
     assert _bytes_of(own_shards_folder) == _bytes_of(shards_folder) | {fresh.name: b"{}"}
 
