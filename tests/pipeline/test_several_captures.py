@@ -149,7 +149,7 @@ def test_a_camera_that_one_capture_lacks_is_a_missing_view_of_its_frames(
 
 
 def test_statistics_are_those_of_all_training_frames_together(shards: Path, shard_set: ShardSet):
-    """Against two passes in float64 over the frames themselves; measured: textures 5e-8 of the values, meshes 8e-6 mm."""
+    """Against two passes in float64 over the frames; measured: textures 5e-8 of the values, meshes 8e-6 mm."""
     parts = [
         read_mesh_and_texture(str(shards / shard.name), sample)
         for shard in shard_set.shards("train")
