@@ -22,7 +22,7 @@ import zstandard
 from PIL import Image, UnidentifiedImageError, features
 
 from lipflow.errors import ConfigError, LipflowError
-from pipeline.jpeg import JpegFormatError, decode_jpeg, decode_jpeg_planes, jpeg_size_hw
+from pipeline.jpeg import JpegFormatError, decode_jpeg, jpeg_size_hw
 from pipeline.planar import PlanarFormatError, PlanarTooLargeError, decode_planar, encode_planar, planar_size_chw
 
 ImageCodec = Literal["png", "webp", "jpeg", "avif", "planar"]
@@ -99,37 +99,52 @@ def decode_image(body: bytes, name: str, mode: ImageMode = "RGB") -> np.ndarray:
 
 
 def decode_image_into(body: bytes | memoryview, name: str, target: np.ndarray, *, bottom_up: bool = False) -> None:
-    """Decode an image of a shard straight into its planes; the GIL is given back while pixels are decoded.
+    """Decode an image of a shard straight into its memory; the GIL is given back while pixels are decoded.
+
+    Memory of the codec's own layout is filled fastest, see :func:`is_interleaved`.
 
     Args:
         body: the file.
         name: whose extension tells the format.
-        target: ``(3, H, W)`` or, for grey, ``(1, H, W)`` uint8, C-contiguous; undefined after an error.
+        target: ``(3, H, W)`` or, for grey, ``(1, H, W)`` uint8, either C-contiguous planes or a view of C-contiguous
+            ``(H, W, C)`` memory; undefined after an error.
         bottom_up: whether row 0 of ``target`` is the bottom of the file.
 
     Raises:
         CodecError: as for :func:`decode_image`, or the image is not of the target's size.
     """
     rows = slice(None, None, -1 if bottom_up else None)
+    interleaved = target.transpose(1, 2, 0)
     mode: ImageMode = "L" if len(target) == 1 else "RGB"
     if _has_extension(name, "planar"):
         channels, height, width = _planar_size_chw(body, name)
         _check_size((height, width), target, name)
-        if channels == len(target):
+        if channels == len(target) and target.flags.c_contiguous:
             _decode_planar(body, name, target, bottom_up=bottom_up)
         else:
-            target[...] = np.moveaxis(np.atleast_3d(decode_image(bytes(body), name, mode)), -1, 0)[:, rows]
+            interleaved[...] = np.atleast_3d(decode_image(bytes(body), name, mode))[rows]
         return
     if _has_extension(name, "jpeg") and mode == "RGB":
         _check_size(_jpeg_size_hw(body, name), target, name)
+        in_place = interleaved.flags.c_contiguous and not bottom_up
+        pixels = interleaved if in_place else np.empty(interleaved.shape, np.uint8)
         with _jpeg_errors_named(name):
-            decode_jpeg_planes(body, target, bottom_up=bottom_up)
+            decode_jpeg(body, pixels)
+        if not in_place:
+            interleaved[...] = pixels[rows]
         return
     with _opened(bytes(body), name, mode, (_format_of(name),), target) as image:
         if mode == "L":
             target[0] = np.asarray(image)[rows]
-        else:
+        elif target.flags.c_contiguous:
             _split_planes(_packed_pixels(image), target, bottom_up)
+        else:
+            _drop_fourth(_packed_pixels(image)[rows].view(np.uint8), interleaved.reshape(len(interleaved), -1))
+
+
+def is_interleaved(codec: str) -> bool:
+    """Whether a codec decodes to ``(H, W, 3)`` memory, and not to planes."""
+    return codec != "planar"
 
 
 def decode_any_image(body: bytes, name: str, mode: ImageMode = "RGB") -> np.ndarray:
@@ -191,6 +206,18 @@ def _split_planes(pixels: np.ndarray, target: np.ndarray, bottom_up: bool) -> No
             green[x] = row[x] >> _8
         for x in range(width):
             blue[x] = row[x] >> _16
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _drop_fourth(pixels: np.ndarray, target: np.ndarray) -> None:
+    """``pixels (H, 4 W)`` to ``target (H, 3 W)``; with rows as flat arrays the loop is vectorised."""
+    height, width = len(pixels), pixels.shape[1] // 4
+    for y in range(height):
+        row, out = pixels[y], target[y]
+        for x in range(width):
+            out[3 * x] = row[4 * x]
+            out[3 * x + 1] = row[4 * x + 1]
+            out[3 * x + 2] = row[4 * x + 2]
 
 
 def _has_extension(name: str, codec: ImageCodec) -> bool:
