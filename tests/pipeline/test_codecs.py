@@ -99,7 +99,7 @@ def test_jpeg_pixels_are_those_of_pillow(subsampling: str, progressive: bool):
 def test_a_jpeg_is_decoded_without_the_gil():
     """Another thread runs Python code in the middle of a decode: it finds the first row written and the last one not.
 
-    Measured: 6 to 20 times in each decode of some 60 ms. With the GIL held it could not, however long it takes.
+    Measured: 153 to 267 times in each decode, and never with a decoder in its place that holds the GIL.
     """
     pixels = np.random.default_rng(0).integers(0, 256, (2000, 3000, 3), np.uint8)
     body = encode_image(pixels, "jpeg")
