@@ -15,14 +15,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Literal
 
-import numba
 import numpy as np
-import pyarrow
 import zstandard
 from PIL import Image, UnidentifiedImageError, features
 
 from lipflow.errors import ConfigError, LipflowError
 from pipeline.jpeg import JpegFormatError, decode_jpeg, jpeg_size_hw
+from pipeline.packed_pixels import drop_fourth, packed_pixels, split_planes
 from pipeline.planar import PlanarFormatError, PlanarTooLargeError, decode_planar, encode_planar, planar_size_chw
 
 ImageCodec = Literal["png", "webp", "jpeg", "avif", "planar"]
@@ -37,7 +36,6 @@ MAX_ARRAY_BYTES = 2**30
 EXTENSION_OF_CODEC: dict[str, str] = {"png": "png", "webp": "webp", "jpeg": "jpg", "avif": "avif", "planar": "plz"}
 _FORMAT_OF_EXTENSION = {"png": "PNG", "webp": "WEBP", "jpg": "JPEG", "avif": "AVIF"}
 _ZSTD_LEVEL = 3
-_8, _16 = np.uint32(8), np.uint32(16)
 _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xae\x42\x60\x82"
 _PNG_MAX_TRAILER_BYTES = 4096
 _DECODABLE_MODES = frozenset({"1", "L", "P", "RGB", "RGBA"})
@@ -137,9 +135,9 @@ def decode_image_into(body: bytes | memoryview, name: str, target: np.ndarray, *
         if mode == "L":
             target[0] = np.asarray(image)[rows]
         elif target.flags.c_contiguous:
-            _split_planes(_packed_pixels(image), target, bottom_up)
+            split_planes(packed_pixels(image), target, bottom_up)
         else:
-            _drop_fourth(_packed_pixels(image)[rows].view(np.uint8), interleaved.reshape(len(interleaved), -1))
+            drop_fourth(packed_pixels(image)[rows].view(np.uint8), interleaved.reshape(len(interleaved), -1))
 
 
 def is_interleaved(codec: str) -> bool:
@@ -181,43 +179,6 @@ def _opened(
     except _IMAGE_ERRORS as error:
         kind = TruncatedImageError if "truncated" in str(error) else UnreadableImageError
         raise kind(f"{name}: not a whole {' or '.join(formats)} image ({error})") from error
-
-
-def _packed_pixels(image: Image.Image) -> np.ndarray:
-    """``(H, W)`` uint32 of an RGB image, red in the lowest byte: Pillow's own memory where it can be had."""
-    try:
-        packed = pyarrow.array(image).flatten().to_numpy(zero_copy_only=True)
-    except ValueError:  # a large image, which Pillow keeps in several pieces
-        packed = np.asarray(image.convert("RGBA"))
-    return packed.reshape(-1).view("<u4").reshape(image.height, image.width)
-
-
-@numba.njit(nogil=True, cache=True, error_model="numpy")
-def _split_planes(pixels: np.ndarray, target: np.ndarray, bottom_up: bool) -> None:
-    """``pixels (H, W)``, see :func:`_packed_pixels`, to ``target (3, H, W)``."""
-    height, width = pixels.shape
-    for y in range(height):
-        row, out = pixels[y], height - 1 - y if bottom_up else y
-        red, green, blue = target[0, out], target[1, out], target[2, out]
-        # three plain loops: each of them is vectorised
-        for x in range(width):
-            red[x] = row[x]
-        for x in range(width):
-            green[x] = row[x] >> _8
-        for x in range(width):
-            blue[x] = row[x] >> _16
-
-
-@numba.njit(nogil=True, cache=True, error_model="numpy")
-def _drop_fourth(pixels: np.ndarray, target: np.ndarray) -> None:
-    """``pixels (H, 4 W)`` to ``target (H, 3 W)``; with rows as flat arrays the loop is vectorised."""
-    height, width = len(pixels), pixels.shape[1] // 4
-    for y in range(height):
-        row, out = pixels[y], target[y]
-        for x in range(width):
-            out[3 * x] = row[4 * x]
-            out[3 * x + 1] = row[4 * x + 1]
-            out[3 * x + 2] = row[4 * x + 2]
 
 
 def _has_extension(name: str, codec: ImageCodec) -> bool:
@@ -365,7 +326,7 @@ def decode_array(body: bytes | memoryview, name: str, max_bytes: int | None = No
         shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
     except (zstandard.ZstdError, *_NPY_ERRORS) as error:
         raise CodecError(f"{name}: not a npy.zst array ({error})") from error
-    values = stream.read()
+    values = memoryview(plain)[stream.tell() :]
     shape = tuple(int(side) for side in shape)
     fits = all(side >= 0 for side in shape) and len(values) == math.prod(shape) * dtype.itemsize
     if dtype.kind not in _NUMBER_KINDS or fortran_order or not fits:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from lipflow.errors import ConfigError, ShardSetError
 from lipflow.render.camera import project
-from lipflow.types import FrameBatch, colour_planes, map_tensors
+from lipflow.types import FrameBatch
 from pipeline import cache, storage
 from pipeline.capture import Capture
 from pipeline.codecs import ImageCodec
@@ -168,28 +168,6 @@ def test_lossless_codecs_give_the_same_batches(dome: Capture, shard_set: ShardSe
     batches = ShardLoader(shard_set, "train", ids, CONFIG).epoch(0), ShardLoader(other, "train", ids, CONFIG).epoch(0)
     for first, second in zip(*batches, strict=True):
         _assert_equal(first, second)
-
-
-@pytest.mark.parametrize("codec", ["png", "jpeg", "planar"])
-def test_images_lie_in_memory_as_their_codec_decodes_them(dome: Capture, tmp_path: Path, codec: ImageCodec):
-    """By pixels, like channels-last tensors, or by planes; copies keep it. Textures always lie by planes."""
-    write_shards(dome, SHARD_CONFIG.model_copy(update={"codec": codec}), str(tmp_path))
-    shard_set = ShardSet.open(tmp_path)
-    loaded = next(iter(ShardLoader(shard_set, "train", shard_set.train_camera_ids, CONFIG).epoch(0)))
-    single = shard_set.frames(loaded.frame_ids[:1], shard_set.train_camera_ids)
-    height, width = shard_set.manifest.image_size_hw
-    strides = (height * width, width, 1) if codec == "planar" else (1, 3 * width, 3)
-    for batch in (loaded, single, map_tensors(loaded, torch.clone)):
-        assert batch.images.shape[2:] == (3, height, width)
-        assert batch.images.stride()[2:] == batch.driving.frontal_images.stride()[1:] == strides
-        assert batch.average_texture.is_contiguous()
-        planes = colour_planes(batch.images)
-        assert planes.is_contiguous()
-        assert planes.dtype == torch.float32
-        assert torch.equal(planes, batch.images)
-    view = shard_set.view(loaded.frame_ids[0], shard_set.train_camera_ids[0])
-    assert view is not None
-    assert view.stride() == strides
 
 
 def test_a_batch_that_is_held_is_not_written_again(shard_set: ShardSet):
