@@ -24,7 +24,7 @@ from lipflow.fitting import fit
 from lipflow.metrics import geometry_rmse_mm, masked_mse, masked_ssim, psnr, solve_gain_bias
 from lipflow.model.avatar import Avatar
 from lipflow.render.renderer import Renderer
-from lipflow.types import FrameBatch
+from lipflow.types import FrameBatch, colour_planes
 from pipeline import storage
 from pipeline.loader import ShardSet
 from pipeline.splits import spread
@@ -127,7 +127,7 @@ def calibrate_colors(avatar_uri: str, shards_uri: str, frame_ids: Sequence[str])
             out = renderer.render(decoded.vertices, decoded.textures, batch.cameras, _image_size(batch))
             seen = out.mask & _tracked_mask(renderer, batch) & batch.view_present[..., None, None]
             predicted.append(out.image[0])
-            targets.append(batch.images[0].float())
+            targets.append(colour_planes(batch.images[0]))
             weights.append(seen[0].float())
     # Side by side: one least-squares problem for each camera over all frames.
     gain, bias = solve_gain_bias(torch.cat(predicted, -1), torch.cat(targets, -1), torch.cat(weights, -1))
@@ -245,7 +245,7 @@ def _score(
     image = renderer.render(vertices, textures, batch.cameras, _image_size(batch)).image.clamp(0, 255)
     mask = _tracked_mask(renderer, batch)
     present = batch.view_present[0] & mask[0].flatten(1).any(1)
-    predicted, target, mask = image[0, present], batch.images[0, present].float(), mask[0, present]
+    predicted, target, mask = image[0, present], colour_planes(batch.images[0, present]), mask[0, present]
     error = masked_mse(predicted, target, mask).mean()
     result.scores.append(
         FrameScore(

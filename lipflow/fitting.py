@@ -33,7 +33,7 @@ from lipflow.model.avatar import Avatar
 from lipflow.model.color import solve_gain_bias
 from lipflow.model.driving import SeenViews, frontal_view, headset_views, landmark_residuals_mm, seen_keypoints
 from lipflow.render.renderer import Renderer
-from lipflow.types import DrivingSignals
+from lipflow.types import DrivingSignals, colour_planes
 
 _REWEIGHTINGS = 4
 
@@ -171,7 +171,7 @@ def _photometric(
     height, width = views.images.shape[-2:]
     rendered = renderer.render(vertices, textures, views.cameras, (height, width))
     weight = (rendered.weight * views.present[..., None, None]).detach()
-    image, target = rendered.image, views.images.to(rendered.image.dtype)
+    image, target = rendered.image, colour_planes(views.images, rendered.image.dtype)
     limit = None if cutoff is None else cutoff**2 * _contrast(target, weight)
     if solve_color:
         gain, bias = _best_colors(image.detach(), target, weight, limit)

@@ -45,7 +45,7 @@ from lipflow.model.avatar import Avatar
 from lipflow.model.driving import signal_present
 from lipflow.model.gaussian import DiagonalGaussian
 from lipflow.render.renderer import Renderer
-from lipflow.types import FrameBatch, map_tensors
+from lipflow.types import FrameBatch, colour_planes, map_tensors
 
 
 class NonFiniteLossError(LipflowError):
@@ -238,7 +238,7 @@ def _reconstruction_terms(
 def _image_term(image: Tensor, batch: FrameBatch, weight: Tensor, unit: float) -> Tensor:
     _require_same_shape("image", image, batch.images)
     weight = (weight * batch.view_present[..., None, None]).detach()
-    error = ((image - batch.images.to(image.dtype)) / unit).square().mean(2)
+    error = ((image - colour_planes(batch.images, image.dtype)) / unit).square().mean(2)
     # where, not a product: what is not compared may be anything.
     weighted = torch.where(weight > 0, error * weight, 0.0).sum((1, 2, 3))
     return weighted / weight.sum().clamp(min=1e-6)

@@ -129,7 +129,8 @@ class DrivingSignals:
         hmc_images: ``(B, C, 1, h, w)`` uint8 headset views, monochrome.
         hmc_present: ``(B, C)`` bool.
         hmc_cameras: K ``(B, C, 3, 3)`` and cam_from_head ``(B, C, 3, 4)``.
-        frontal_images: ``(B, 3, H, W)`` uint8, the image of the declared frontal camera.
+        frontal_images: ``(B, 3, H, W)`` uint8, the image of the declared frontal camera; memory as that of
+            :attr:`FrameBatch.images`.
         frontal_present: ``(B,)`` bool.
         keypoints: ``(B, L, 3)`` float32: x_px, y_px in the frontal camera, confidence in 0..1 (0: not seen).
         frontal_cameras: ``(B, 3, 3)`` and ``(B, 3, 4)``; shared by ``frontal`` and ``keypoints``.
@@ -157,7 +158,9 @@ class FrameBatch:
         frame_ids: B strings ``"SEGMENT/FRAME"``.
         vertices: ``(B, V, 3)`` float32, mm, head frame.
         average_texture: ``(B, 3, T, T)`` uint8, row 0 is v = 0.
-        images: ``(B, K, 3, H, W)`` uint8 RGB. A view that is not present is zero.
+        images: ``(B, K, 3, H, W)`` uint8 RGB. A view that is not present is zero. Memory is as the codec decodes: a
+            view of ``(B, K, H, W, 3)``, as channels-last tensors are, unless the set is stored planar; so ``reshape``
+            it, never ``view``. Copies to a device keep the layout; :func:`colour_planes` makes it that of renders.
         view_present: ``(B, K)`` bool; False for padding and for views that the capture lacks.
         camera_index: ``(B, K)`` int64 into the shard set's camera list.
         cameras: K and cam_from_head of every view, ``(B, K, 3, 3)`` and ``(B, K, 3, 4)``.
@@ -176,6 +179,14 @@ class FrameBatch:
     def to(self, device: torch.device | str) -> FrameBatch:
         """The same batch with every tensor on ``device``."""
         return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def colour_planes(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Images ``(..., C, H, W)`` as numbers to compute with, contiguous as renders are.
+
+    Sums over them are then bitwise the same however a shard set stores its images.
+    """
+    return images.to(dtype, memory_format=torch.contiguous_format).contiguous()
 
 
 def map_tensors(batch, function):

@@ -15,14 +15,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Literal
 
-import numba
 import numpy as np
-import pyarrow
 import zstandard
 from PIL import Image, UnidentifiedImageError, features
 
 from lipflow.errors import ConfigError, LipflowError
-from pipeline.jpeg import JpegFormatError, decode_jpeg, decode_jpeg_planes, jpeg_size_hw
+from pipeline.jpeg import JpegFormatError, decode_jpeg, jpeg_size_hw
+from pipeline.packed_pixels import drop_fourth, packed_pixels, split_planes
 from pipeline.planar import PlanarFormatError, PlanarTooLargeError, decode_planar, encode_planar, planar_size_chw
 
 ImageCodec = Literal["png", "webp", "jpeg", "avif", "planar"]
@@ -37,7 +36,6 @@ MAX_ARRAY_BYTES = 2**30
 EXTENSION_OF_CODEC: dict[str, str] = {"png": "png", "webp": "webp", "jpeg": "jpg", "avif": "avif", "planar": "plz"}
 _FORMAT_OF_EXTENSION = {"png": "PNG", "webp": "WEBP", "jpg": "JPEG", "avif": "AVIF"}
 _ZSTD_LEVEL = 3
-_8, _16 = np.uint32(8), np.uint32(16)
 _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xae\x42\x60\x82"
 _PNG_MAX_TRAILER_BYTES = 4096
 _DECODABLE_MODES = frozenset({"1", "L", "P", "RGB", "RGBA"})
@@ -99,37 +97,52 @@ def decode_image(body: bytes, name: str, mode: ImageMode = "RGB") -> np.ndarray:
 
 
 def decode_image_into(body: bytes | memoryview, name: str, target: np.ndarray, *, bottom_up: bool = False) -> None:
-    """Decode an image of a shard straight into its planes; the GIL is given back while pixels are decoded.
+    """Decode an image of a shard straight into its memory; the GIL is given back while pixels are decoded.
+
+    Memory of the codec's own layout is filled fastest, see :func:`is_interleaved`.
 
     Args:
         body: the file.
         name: whose extension tells the format.
-        target: ``(3, H, W)`` or, for grey, ``(1, H, W)`` uint8, C-contiguous; undefined after an error.
+        target: ``(3, H, W)`` or, for grey, ``(1, H, W)`` uint8, either C-contiguous planes or a view of C-contiguous
+            ``(H, W, C)`` memory; undefined after an error.
         bottom_up: whether row 0 of ``target`` is the bottom of the file.
 
     Raises:
         CodecError: as for :func:`decode_image`, or the image is not of the target's size.
     """
     rows = slice(None, None, -1 if bottom_up else None)
+    interleaved = target.transpose(1, 2, 0)
     mode: ImageMode = "L" if len(target) == 1 else "RGB"
     if _has_extension(name, "planar"):
         channels, height, width = _planar_size_chw(body, name)
         _check_size((height, width), target, name)
-        if channels == len(target):
+        if channels == len(target) and target.flags.c_contiguous:
             _decode_planar(body, name, target, bottom_up=bottom_up)
         else:
-            target[...] = np.moveaxis(np.atleast_3d(decode_image(bytes(body), name, mode)), -1, 0)[:, rows]
+            interleaved[...] = np.atleast_3d(decode_image(bytes(body), name, mode))[rows]
         return
     if _has_extension(name, "jpeg") and mode == "RGB":
         _check_size(_jpeg_size_hw(body, name), target, name)
+        in_place = interleaved.flags.c_contiguous and not bottom_up
+        pixels = interleaved if in_place else np.empty(interleaved.shape, np.uint8)
         with _jpeg_errors_named(name):
-            decode_jpeg_planes(body, target, bottom_up=bottom_up)
+            decode_jpeg(body, pixels)
+        if not in_place:
+            interleaved[...] = pixels[rows]
         return
     with _opened(bytes(body), name, mode, (_format_of(name),), target) as image:
         if mode == "L":
             target[0] = np.asarray(image)[rows]
+        elif target.flags.c_contiguous:
+            split_planes(packed_pixels(image), target, bottom_up)
         else:
-            _split_planes(_packed_pixels(image), target, bottom_up)
+            drop_fourth(packed_pixels(image)[rows].view(np.uint8), interleaved.reshape(len(interleaved), -1))
+
+
+def is_interleaved(codec: str) -> bool:
+    """Whether a codec decodes to ``(H, W, 3)`` memory, and not to planes."""
+    return codec != "planar"
 
 
 def decode_any_image(body: bytes, name: str, mode: ImageMode = "RGB") -> np.ndarray:
@@ -166,31 +179,6 @@ def _opened(
     except _IMAGE_ERRORS as error:
         kind = TruncatedImageError if "truncated" in str(error) else UnreadableImageError
         raise kind(f"{name}: not a whole {' or '.join(formats)} image ({error})") from error
-
-
-def _packed_pixels(image: Image.Image) -> np.ndarray:
-    """``(H, W)`` uint32 of an RGB image, red in the lowest byte: Pillow's own memory where it can be had."""
-    try:
-        packed = pyarrow.array(image).flatten().to_numpy(zero_copy_only=True)
-    except ValueError:  # a large image, which Pillow keeps in several pieces
-        packed = np.asarray(image.convert("RGBA"))
-    return packed.reshape(-1).view("<u4").reshape(image.height, image.width)
-
-
-@numba.njit(nogil=True, cache=True, error_model="numpy")
-def _split_planes(pixels: np.ndarray, target: np.ndarray, bottom_up: bool) -> None:
-    """``pixels (H, W)``, see :func:`_packed_pixels`, to ``target (3, H, W)``."""
-    height, width = pixels.shape
-    for y in range(height):
-        row, out = pixels[y], height - 1 - y if bottom_up else y
-        red, green, blue = target[0, out], target[1, out], target[2, out]
-        # three plain loops: each of them is vectorised
-        for x in range(width):
-            red[x] = row[x]
-        for x in range(width):
-            green[x] = row[x] >> _8
-        for x in range(width):
-            blue[x] = row[x] >> _16
 
 
 def _has_extension(name: str, codec: ImageCodec) -> bool:
@@ -338,7 +326,7 @@ def decode_array(body: bytes | memoryview, name: str, max_bytes: int | None = No
         shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
     except (zstandard.ZstdError, *_NPY_ERRORS) as error:
         raise CodecError(f"{name}: not a npy.zst array ({error})") from error
-    values = stream.read()
+    values = memoryview(plain)[stream.tell() :]
     shape = tuple(int(side) for side in shape)
     fits = all(side >= 0 for side in shape) and len(values) == math.prod(shape) * dtype.itemsize
     if dtype.kind not in _NUMBER_KINDS or fortran_order or not fits:

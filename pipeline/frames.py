@@ -1,7 +1,8 @@
 """From the bytes of a sample's members to arrays. Textures are flipped here, and nowhere else on the way back.
 
 The pixels of a batch are decoded straight into one piece of memory, :class:`BatchPixels`: they are written once, and
-that memory can be pinned.
+that memory can be pinned. Camera images lie in it as their codec decodes them: by pixels, or by planes if they are
+stored planar. Textures, which are flipped, always lie by planes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,14 @@ import torch
 from torch import Tensor
 
 from lipflow.errors import ShardSetError
-from pipeline.codecs import CodecError, LosslessCodec, decode_array, decode_image, decode_image_into
+from pipeline.codecs import (
+    CodecError,
+    LosslessCodec,
+    decode_array,
+    decode_image,
+    decode_image_into,
+    is_interleaved,
+)
 from pipeline.manifest import Manifest, SampleRecord
 from pipeline.pixel_memory import PixelMemory
 from pipeline.samples import FRAME, KEYPOINTS, VERTICES, average_texture_suffix, headset_suffix, image_suffix
@@ -37,9 +45,9 @@ class FramePixels:
     """Where one frame's pixels go, all uint8.
 
     Attributes:
-        images: ``(K, 3, H, W)``.
+        images: ``(K, 3, H, W)``, a view of ``(K, H, W, 3)`` memory unless they are stored planar.
         average_texture: ``(3, T, T)``, row 0 is v = 0.
-        frontal: ``(3, H, W)``, or None if it is not asked for.
+        frontal: ``(3, H, W)`` with memory as that of the images, or None if it is not asked for.
     """
 
     images: np.ndarray
@@ -52,9 +60,9 @@ class BatchPixels:
     """The pixels of a batch before and after they were decoded.
 
     Attributes:
-        images: ``(B, K, 3, H, W)`` uint8.
+        images: ``(B, K, 3, H, W)`` uint8, a view of ``(B, K, H, W, 3)`` memory unless they are stored planar.
         average_texture: ``(B, 3, T, T)`` uint8, row 0 is v = 0.
-        frontal: ``(B, 3, H, W)`` uint8, or None if it is not asked for.
+        frontal: ``(B, 3, H, W)`` uint8 with memory as that of the images, or None if it is not asked for.
     """
 
     images: Tensor
@@ -113,15 +121,21 @@ class FrameReader:
 
     def allocate(self, frames: int, views: int, *, pinned: bool = False) -> BatchPixels:
         """Memory for a batch of ``frames`` with ``views`` each; ``pinned`` needs CUDA."""
-        size_hw, texture_size = self._manifest.image_size_hw, self._manifest.texture_size
+        texture_size = self._manifest.texture_size
 
         def uint8(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=torch.uint8, pin_memory=True) if pinned else self._memory.take(*shape)
 
+        def images(*shape: int) -> Tensor:
+            height, width = self._manifest.image_size_hw
+            if is_interleaved(self._codec):
+                return uint8(*shape, height, width, 3).movedim(-1, -3)
+            return uint8(*shape, 3, height, width)
+
         return BatchPixels(
-            images=uint8(frames, views, 3, *size_hw),
+            images=images(frames, views),
             average_texture=uint8(frames, 3, texture_size, texture_size),
-            frontal=uint8(frames, 3, *size_hw) if self.with_frontal else None,
+            frontal=images(frames) if self.with_frontal else None,
         )
 
     def suffixes(self, camera_ids: Sequence[str | None]) -> Iterator[str]:
@@ -205,7 +219,7 @@ class FrameReader:
             frame.keypoints = self._keypoints(sample, read)
 
     def read_view(self, sample: SampleRecord, read: MemberReader, camera_id: str, target: np.ndarray) -> bool:
-        """Decode one view into ``target (3, H, W)`` uint8; False, and zeros, if the frame lacks it.
+        """Decode one view into ``target (3, H, W)`` uint8 of either layout; False, and zeros, if the frame lacks it.
 
         Raises:
             ShardSetError: the member is damaged.

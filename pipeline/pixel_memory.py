@@ -1,7 +1,8 @@
 """Memory for the pixels of batches, written again once nobody holds the batch.
 
 The pages of fresh memory are made one by one as they are first written, and given back when it is freed: for a batch
-of full-size images that takes as long as writing to it.
+of full-size images that takes as long as writing to it. What the dimensions mean, and so the layout of the pixels, is
+up to the caller (:meth:`pipeline.frames.FrameReader.allocate`): a view in another order holds the memory just as well.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class PixelMemory:
         self._dropped: dict[tuple[int, ...], deque[np.ndarray]] = defaultdict(partial(deque, maxlen=keep))
 
     def take(self, *shape: int) -> Tensor:
-        """A tensor that shares its memory with no other that is still held, be it by a view of it."""
+        """A C-contiguous tensor that shares its memory with no other that is still held, be it by a view of it."""
         dropped = self._dropped[shape]
         try:
             memory = dropped.pop()

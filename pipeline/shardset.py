@@ -178,6 +178,8 @@ class ShardSet:
     def view(self, frame_id: str, camera_id: str) -> torch.Tensor | None:
         """The image ``(3, H, W)`` uint8 of one view, by one range request; None where the capture lacks it.
 
+        Its memory is as that of :attr:`FrameBatch.images`.
+
         Raises:
             ShardSetError: an unknown frame or camera, or a damaged member.
         """
@@ -186,10 +188,11 @@ class ShardSet:
         suffix = image_suffix(camera_id, str(self.manifest.config["codec"]))
         if suffix not in sample.members:
             return None
-        target = np.empty((3, *self.manifest.image_size_hw), np.uint8)
         fetched = fetch_members(storage.join(self.uri, shard.name), sample, [suffix])
-        FrameReader(self.manifest, signals=()).read_view(sample, fetched, camera_id, target)
-        return torch.from_numpy(target)
+        reader = FrameReader(self.manifest, signals=())
+        image = reader.allocate(1, 1).images[0, 0]
+        reader.read_view(sample, fetched, camera_id, image.numpy())
+        return image
 
     def batch(
         self, frame_ids: list[str], frames: list[FrameArrays], pixels: BatchPixels, camera_places: np.ndarray

@@ -18,7 +18,7 @@ from lipflow.model.blocks import DownTower, NormLinear, leaky
 from lipflow.model.context import AvatarContext
 from lipflow.model.gaussian import DiagonalGaussian
 from lipflow.render.camera import project
-from lipflow.types import CameraTensors, DrivingSignals, map_tensors
+from lipflow.types import CameraTensors, DrivingSignals, colour_planes, map_tensors
 
 _T = TypeVar("_T")
 
@@ -268,9 +268,9 @@ def _mm_per_pixel(intrinsics: Tensor, depth: Tensor) -> Tensor:
 def _resized(images: Tensor, size: int) -> Tensor:
     """``(B, C, channels, h, w)`` to float ``(B, C, channels, size, size)``, 0..255."""
     if images.shape[-2:] == (size, size):
-        return images.float()
+        return colour_planes(images)
     flat = F.interpolate(
-        images.flatten(0, 1).float(), size=(size, size), mode="bilinear", antialias=True, align_corners=False
+        colour_planes(images).flatten(0, 1), size=(size, size), mode="bilinear", antialias=True, align_corners=False
     )
     return flat.unflatten(0, images.shape[:2])
 

@@ -100,11 +100,12 @@ def decode_table(options: Options, groups: list[Group]) -> Table:
 def _decode_cells(bodies: dict[str, bytes], passes: int = 5) -> Iterator[str]:
     yield f"{statistics.mean(map(len, bodies.values())) / 1e6:.2f}"
     shapes = {name: decode_to_array(name, body).shape for name, body in bodies.items()}
-    planes = {name: np.empty(shape if shape[0] == 3 else (3, *shape[:2]), np.uint8) for name, shape in shapes.items()}
+    memory = {name: np.empty(shape, np.uint8) for name, shape in shapes.items()}
+    targets = {name: pixels if len(pixels) == 3 else pixels.transpose(2, 0, 1) for name, pixels in memory.items()}
     decoders: tuple[Callable[[str, bytes], object], ...] = (
         decode_in_place,
         decode_to_array,
-        lambda name, body: decode_image_into(body, name, planes[name]),
+        lambda name, body: decode_image_into(body, name, targets[name]),
     )
     times: list[list[float]] = [[] for _ in decoders]
     for _ in range(passes + 1):

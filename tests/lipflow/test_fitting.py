@@ -73,6 +73,16 @@ def test_a_frame_fits_the_same_alone_as_among_others(make_avatar, renderer, fram
     torch.testing.assert_close(together.trace[:, 1:2], alone.trace, atol=1e-4, rtol=1e-4)
 
 
+def test_a_fit_does_not_depend_on_how_images_lie_in_memory(make_avatar, renderer, frames):
+    avatar = make_avatar()
+    images = frames.driving.frontal_images.movedim(-3, -1).contiguous().movedim(-1, -3)
+    assert not images.is_contiguous()
+    other = dataclasses.replace(frames.driving, frontal_images=images)
+    planes, pixels = (fit(avatar, renderer, it, "frontal", FitConfig(iterations=3)) for it in (frames.driving, other))
+    assert torch.equal(planes.z, pixels.z)
+    assert torch.equal(planes.trace, pixels.trace)
+
+
 def test_fit_starts_at_the_prior_mean_through_the_flow_and_dam_at_zero(make_avatar, renderer, frames):
     avatar = make_avatar()
     config = FitConfig(iterations=0)

