@@ -27,7 +27,9 @@ def test_images_lie_in_memory_as_their_codec_decodes_them(dome: Capture, tmp_pat
     strides = (height * width, width, 1) if codec == "planar" else (1, 3 * width, 3)
     for batch in (loaded, single, map_tensors(loaded, torch.clone)):
         assert batch.images.shape[2:] == (3, height, width)
-        assert batch.images.stride()[2:] == batch.driving.frontal_images.stride()[1:] == strides
+        frontal = batch.driving.frontal_images
+        assert frontal is not None
+        assert batch.images.stride()[2:] == frontal.stride()[1:] == strides
         assert batch.average_texture.is_contiguous()
         planes = colour_planes(batch.images)
         assert planes.is_contiguous()
