@@ -4,7 +4,8 @@ Conventions that all backends keep. Corners are camera-space positions in mm (x 
 ray goes through its centre, at +0.5; a triangle is drawn where it is seen from its front (counter-clockwise) at a
 depth of at least :data:`NEAR_MM`, and triangles that reach behind the camera are drawn exactly where they are in
 front. A pixel centre exactly on the edge of two triangles belongs to one of them. Equal depths go to the lower
-triangle index. Triangles without area, and those with a corner that is not finite, are not drawn.
+triangle index. Triangles without area, and those with a corner that is not finite, are not drawn; a camera without
+a finite inverse of K sees nothing.
 """
 
 from __future__ import annotations
