@@ -260,8 +260,8 @@ def _neighbours(coordinate, size):
 @numba.njit(nogil=True, cache=True, error_model="numpy", inline="always")
 def _footprint(uv_da, size):
     """``s_x, s_y, t_x, t_y``, (A - B) / 2, C, r and major^2 of the module's head."""
-    sx, sy = float(uv_da[0, 0]) * size, float(uv_da[0, 1]) * size
-    tx, ty = float(uv_da[1, 0]) * size, float(uv_da[1, 1]) * size
+    sx, sy = np.float64(uv_da[0, 0]) * size, np.float64(uv_da[0, 1]) * size
+    tx, ty = np.float64(uv_da[1, 0]) * size, np.float64(uv_da[1, 1]) * size
     a, b, c = sx * sx + tx * tx, sy * sy + ty * ty, sx * sy + tx * ty
     difference = 0.5 * (a - b)
     radius = np.sqrt(difference * difference + c * c)
@@ -291,7 +291,7 @@ def _forward(base, coarse, sizes, offsets, uv, uv_da, mask, image):
             if trilinear:
                 footprint = _footprint(uv_da[row, column], sizes[0])
                 fine, rough, share = _levels(footprint[7], sizes.shape[0] - 1)
-            u, v = float(uv[row, column, 0]), float(uv[row, column, 1])
+            u, v = np.float64(uv[row, column, 0]), np.float64(uv[row, column, 1])
             for level, part in ((fine, 1.0 - share), (rough, share)):
                 if part == 0.0:
                     continue
@@ -324,7 +324,7 @@ def _backward(base, coarse, sizes, offsets, uv, uv_da, mask, grad_image, grad_ba
             if trilinear:
                 footprint = _footprint(uv_da[row, column], sizes[0])
                 fine, rough, share = _levels(footprint[7], sizes.shape[0] - 1)
-            u, v = float(uv[row, column, 0]), float(uv[row, column, 1])
+            u, v = np.float64(uv[row, column, 0]), np.float64(uv[row, column, 1])
             grad_u, grad_v, grad_level = 0.0, 0.0, 0.0
             for level, part, sign in ((fine, 1.0 - share, -1.0), (rough, share, 1.0)):
                 if part == 0.0:
@@ -336,11 +336,11 @@ def _backward(base, coarse, sizes, offsets, uv, uv_da, mask, grad_image, grad_ba
                 start = 0 if level == 0 else offsets[level] - offsets[1]
                 upper, lower = start + top * size, start + bottom * size
                 for channel in range(base.shape[0]):
-                    grad = float(grad_image[channel, row, column])
+                    grad = np.float64(grad_image[channel, row, column])
                     if grad == 0.0:
                         continue
-                    t00, t01 = float(texels[channel, upper + left]), float(texels[channel, upper + right])
-                    t10, t11 = float(texels[channel, lower + left]), float(texels[channel, lower + right])
+                    t00, t01 = np.float64(texels[channel, upper + left]), np.float64(texels[channel, upper + right])
+                    t10, t11 = np.float64(texels[channel, lower + left]), np.float64(texels[channel, lower + right])
                     high, low = t00 + across * (t01 - t00), t10 + across * (t11 - t10)
                     grad_level += sign * grad * (high + down * (low - high))
                     grad *= part
