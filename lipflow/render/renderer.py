@@ -2,19 +2,23 @@
 
 Visibility, texture coordinates and depth come from a backend (:mod:`lipflow.render.backend`), in one rasterisation
 for the image, its mask and its loss weight. Gradients reach vertices, cameras, texture and texture coordinates through
-the interior of the image. Silhouettes carry no gradient.
+the interior of the image, and with ``antialias`` vertices and cameras get those of silhouettes too.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from lipflow.render.backend import Backend, BackendName, Fragments, make_backend
+from lipflow.errors import ConfigError
+from lipflow.render.antialias import antialias, opposite_vertices
+from lipflow.render.backend import NEAR_MM, Backend, BackendName, Fragments, make_backend
 from lipflow.render.camera import camera_corners
+from lipflow.render.cuda import CudaBackend, CudaFragments
+from lipflow.render.texture import sample_bilinear, sample_trilinear
 from lipflow.types import CameraTensors, Topology
 
 
@@ -45,6 +49,9 @@ class Renderer:
     Args:
         topology: faces, texture coordinates and the weight mask.
         backend: ``auto`` chooses by the device of the renderer; see :func:`lipflow.render.backend.make_backend`.
+        filter: ``bilinear``, or ``trilinear`` over mip maps, for textures finer than the image.
+        antialias: blend pixels across silhouettes, so that vertices and cameras have gradients there. It concerns the
+            image alone: mask, weight and the maps stay those of pixel centres.
 
     Attributes:
         faces: ``(F, 3)`` int64.
@@ -52,13 +59,24 @@ class Renderer:
         weight_mask: ``(T, T)`` float32.
 
     Raises:
-        ConfigError: the backend cannot work here; the message says what to install.
+        ConfigError: the backend cannot work here, with what to install; or there is no such filter.
     """
 
-    def __init__(self, topology: Topology, backend: BackendName = "auto"):
+    def __init__(
+        self,
+        topology: Topology,
+        backend: BackendName = "auto",
+        *,
+        filter: Literal["bilinear", "trilinear"] = "bilinear",
+        antialias: bool = False,
+    ):
+        if filter not in ("bilinear", "trilinear"):
+            raise ConfigError(f"filter {filter!r}: expected bilinear or trilinear")
+        self._mip_maps = filter == "trilinear"
         self.faces = torch.from_numpy(topology.faces).long()
         self.face_uvs = torch.from_numpy(topology.uvs[topology.uv_faces]).float()
         self.weight_mask = torch.from_numpy(topology.weight_mask).float()
+        self._opposite = opposite_vertices(self.faces) if antialias else None
         self._backend_name = backend
         # 'cuda' is only judged when it is used: renderers are made on the CPU and moved.
         self._backend: Backend | None = None if backend == "cuda" else self._make_backend()
@@ -72,6 +90,7 @@ class Renderer:
         self.faces = self.faces.to(device)
         self.face_uvs = self.face_uvs.to(device)
         self.weight_mask = self.weight_mask.to(device)
+        self._opposite = None if self._opposite is None else self._opposite.to(device)
         self._backend = self._make_backend()
         return self
 
@@ -100,10 +119,19 @@ class Renderer:
                 f"texture {tuple(texture.shape)} and cameras {tuple(cameras.intrinsics.shape)} disagree: "
                 "expected (B, K|1, C, T, T) and (B, K, 3, 3)"
             )
-        fragments = self._rasterize(vertices, cameras, image_size_hw)
+        backend, corners = self._ready(), self._corners(vertices, cameras)
+        intrinsics = cameras.intrinsics.flatten(0, 1)
+        fragments = backend.rasterize(corners, intrinsics, image_size_hw, derivatives=self._mip_maps)
         mask = fragments.triangle_id >= 0
-        texture = texture.expand(-1, views, -1, -1, -1).flatten(0, 1)
-        image = sample_texture(texture, fragments.uv) * mask[:, None]
+        image = self._look_up(texture.flatten(0, 1), fragments, mask)
+        if self._opposite is not None:
+            if isinstance(backend, CudaBackend) and isinstance(fragments, CudaFragments):
+                image = backend.antialias(image, fragments)
+            else:
+                pixels, depth = _projected(corners, intrinsics)
+                image = antialias(
+                    image, fragments.triangle_id, fragments.depth, pixels, depth, self.faces, self._opposite
+                )
         weight = self._weight(fragments, mask)
 
         def unflatten(tensor: Tensor) -> Tensor:
@@ -115,43 +143,48 @@ class Renderer:
     def render_mask(self, vertices: Tensor, cameras: CameraTensors, image_size_hw: tuple[int, int]) -> Tensor:
         """The ``weight`` of :meth:`render` alone, ``(B, K, H, W)``, for callers that need no image; no gradient."""
         with torch.no_grad():
-            fragments = self._rasterize(vertices, cameras, image_size_hw)
+            corners, intrinsics = self._corners(vertices, cameras), cameras.intrinsics.flatten(0, 1)
+            fragments = self._ready().rasterize(corners, intrinsics, image_size_hw)
             weight = self._weight(fragments, fragments.triangle_id >= 0)
         return weight.unflatten(0, cameras.intrinsics.shape[:2])
 
-    def _rasterize(self, vertices: Tensor, cameras: CameraTensors, image_size_hw: tuple[int, int]) -> Fragments:
+    def _corners(self, vertices: Tensor, cameras: CameraTensors) -> Tensor:
         if vertices.shape[0] != cameras.intrinsics.shape[0]:
             raise ValueError(
                 f"vertices {tuple(vertices.shape)} and cameras {tuple(cameras.intrinsics.shape)} disagree: "
                 "expected (B, V, 3) and (B, K, 3, 3)"
             )
+        return camera_corners(vertices, cameras).flatten(0, 1)
+
+    def _ready(self) -> Backend:
         if self._backend is None:
             self._backend = self._make_backend()
-        corners = camera_corners(vertices, cameras).flatten(0, 1)
-        return self._backend.rasterize(corners, cameras.intrinsics.flatten(0, 1), image_size_hw)
+        return self._backend
+
+    def _look_up(self, texture: Tensor, fragments: Fragments, mask: Tensor) -> Tensor:
+        """``(N, C, H, W)`` from ``(M, C, T, T)``, of which each serves N / M views in turn; 0 outside of the mask."""
+        uv, uv_da = fragments.uv, fragments.uv_da
+        if isinstance(self._backend, CudaBackend):
+            return self._backend.sample(texture, uv, uv_da) * mask[:, None]
+        uv = uv.to(texture.dtype)
+        if uv_da is None:
+            return sample_bilinear(texture, uv, mask)
+        return sample_trilinear(texture, uv, uv_da.to(texture.dtype), mask)
 
     def _weight(self, fragments: Fragments, mask: Tensor) -> Tensor:
         uv = fragments.uv.detach()
-        weight_mask = self.weight_mask.to(uv.dtype).expand(len(uv), 1, -1, -1)
-        return sample_texture(weight_mask, uv)[:, 0] * mask
+        return sample_bilinear(self.weight_mask[None, None].to(uv.dtype), uv, mask)[:, 0]
 
     def _make_backend(self) -> Backend:
         return make_backend(self._backend_name, self.faces.device, self.faces, self.face_uvs)
 
 
-def sample_texture(texture: Tensor, uv: Tensor) -> Tensor:
-    """Bilinear texture look-up, clamped at the border.
-
-    Args:
-        texture: ``(N, C, T, T)``, row 0 is v = 0.
-        uv: ``(N, H, W, 2)`` in [0, 1].
-
-    Returns:
-        ``(N, C, H, W)``.
-    """
-    return functional.grid_sample(
-        texture, uv.to(texture.dtype) * 2 - 1, mode="bilinear", padding_mode="border", align_corners=False
-    )
+def _projected(corners: Tensor, intrinsics: Tensor) -> tuple[Tensor, Tensor]:
+    """Pixels ``(N, V, 2)`` and depths ``(N, V)`` of corners; 0 where there is no image."""
+    depth = torch.nan_to_num(corners.detach()[..., 2], nan=0.0)
+    imaged = (depth >= NEAR_MM)[..., None]
+    homogeneous = torch.where(imaged, corners, 1.0) @ intrinsics.transpose(-1, -2)
+    return torch.where(imaged, homogeneous[..., :2] / homogeneous[..., 2:], 0.0), depth
 
 
-__all__ = ["RenderOutput", "Renderer", "sample_texture"]
+__all__ = ["RenderOutput", "Renderer"]

@@ -4,12 +4,23 @@ import numpy as np
 import pytest
 import torch
 
+from lipflow.errors import ConfigError
 from lipflow.render import cpu
 from lipflow.render.camera import cam_from_head_tensor, compose, project
 from lipflow.render.interpolate import interpolate_cpu
 from lipflow.render.reference import interpolate
 from lipflow.render.renderer import Renderer
-from tests.lipflow.render_scenes import QUAD_FACES, QUAD_UVS, camera_at_origin, make_topology, tilted_quad
+from lipflow.render.texture import sample_bilinear
+from tests.lipflow.render_scenes import (
+    QUAD_FACES,
+    QUAD_UVS,
+    bump,
+    camera_at_origin,
+    cameras_around,
+    make_topology,
+    smooth_texture,
+    tilted_quad,
+)
 
 
 def test_texture_coordinates_are_perspective_correct():
@@ -125,3 +136,28 @@ def test_fused_interpolation_equals_its_torch_twin_in_values_and_gradients():
     for fused, plain in zip(run(interpolate_cpu), run(interpolate), strict=True):
         scale = plain.abs().max()
         assert (fused - plain).abs().max() < 1e-11 * scale
+
+
+def test_filters_and_antialiasing_are_those_of_their_modules():
+    topology, mesh = bump()
+    cameras, size_hw = cameras_around([0.1, -0.4], (40, 48)), (40, 48)
+    texture = smooth_texture(64)
+    plain = Renderer(topology, "cpu").render(mesh[None], texture, cameras, size_hw)
+    assert torch.equal(
+        plain.image[0], sample_bilinear(texture[0], plain.uv[0], plain.mask[0])
+    )  # one texture for both views
+    mipped = Renderer(topology, "cpu", filter="trilinear").render(mesh[None], texture, cameras, size_hw)
+    truth = Renderer(topology, "reference", filter="trilinear").render(mesh[None], texture, cameras, size_hw)
+    torch.testing.assert_close(mipped.image, truth.image, atol=1e-12, rtol=0)
+    assert (mipped.image - plain.image).abs().max() > 1e-3
+    leaf = mesh[None].clone().requires_grad_()
+    smooth = Renderer(topology, "cpu", antialias=True).render(leaf, texture * 0 + 1, cameras, size_hw)
+    changed = ((smooth.image.detach() - plain.mask[:, :, None].double()).abs() > 1e-9).any(2)
+    # Only pixels at the outline are blended: those with a neighbour of the other kind.
+    other = sum((plain.mask.roll(shift, axis) != plain.mask).int() for shift in (-1, 1) for axis in (2, 3)) > 0
+    assert changed.any()
+    assert not (changed & ~other).any()
+    smooth.image.sum().backward()
+    assert leaf.grad.abs().max() > 1e-3
+    with pytest.raises(ConfigError, match="expected bilinear or trilinear"):
+        Renderer(topology, filter="cubic")

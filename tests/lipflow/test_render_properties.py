@@ -44,7 +44,8 @@ def test_a_rigid_motion_of_mesh_and_camera_together(backend, view, seed):
     shifted = cameras.cam_from_head[..., 3:] - turned @ translation[:, None]
     moved = replace(cameras, cam_from_head=torch.cat([turned, shifted], -1))
     expected = draw(topology, mesh, cameras, backend)
-    # Positions are rounded to 1e-13 mm here: measured 7e-14 (image) and 3e-12 mm; a pixel centre that close to an edge may change sides.
+    # Rounding of positions: measured 7e-14 in the image and 3e-12 mm. A pixel centre that close to an edge may change
+    # sides.
     assert_same_picture(draw(topology, mesh @ rotation.T + translation, moved, backend), expected, 1e-10, 1)
 
 
