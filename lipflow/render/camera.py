@@ -1,10 +1,14 @@
-"""Pinhole projection, in the conventions of :mod:`lipflow.types`."""
+"""Projection, in the conventions of :mod:`lipflow.types`."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from lipflow.render.backend import NEAR_MM
+from lipflow.render.lens import distort, valid_radius
+from lipflow.types import CameraTensors
 
 
 def transform_points(points: Tensor, to_from: Tensor) -> Tensor:
@@ -37,6 +41,40 @@ def project(points: Tensor, intrinsics: Tensor, cam_from_points: Tensor) -> tupl
     in_camera = transform_points(points, cam_from_points)
     homogeneous = in_camera @ intrinsics.transpose(-1, -2)
     return homogeneous[..., :2] / homogeneous[..., 2:], in_camera[..., 2]
+
+
+def camera_corners(vertices: Tensor, cameras: CameraTensors) -> Tensor:
+    """Vertices in the camera space of every view, with the lens's distortion in them.
+
+    A lens is applied to the vertices: the corners that come back lie where a pinhole camera would have to see them,
+    at their own depth z. Edges stay straight in the image, which the edges of a mesh through a lens are not quite: the
+    error is that of a chord for its arc, and falls with the square of an edge's length.
+
+    Vertices nearer than the near plane, or farther from the axis than the lens's valid radius
+    (:func:`lipflow.render.lens.valid_radius`), have no image in such a camera. They come back as NaN, and no backend
+    draws their triangles.
+
+    Args:
+        vertices: ``(B, V, 3)`` mm, head frame.
+        cameras: ``(B, K)`` cameras.
+
+    Returns:
+        ``(B, K, V, 3)`` mm; the mesh of a frame is read by all its views, not copied.
+    """
+    frames, views = cameras.cam_from_head.shape[:2]
+    poses = cameras.cam_from_head.flatten(1, 2)
+    corners = torch.baddbmm(poses[..., 3:], poses[..., :3], vertices.transpose(1, 2))
+    corners = corners.unflatten(1, (views, 3)).transpose(2, 3).contiguous()
+    if cameras.distortion is None or not cameras.distortion.any():
+        return corners
+    lenses = cameras.distortion.detach().cpu().double().reshape(-1, 5)
+    radius = corners.new_tensor([valid_radius(lens) for lens in lenses]).view(frames, views, 1, 1)
+    depth = corners[..., 2:]
+    in_front = depth >= NEAR_MM
+    points = torch.where(in_front, corners[..., :2] / torch.where(in_front, depth, 1.0), 0.0)
+    imaged = in_front & (torch.linalg.vector_norm(points.detach(), dim=-1, keepdim=True) <= radius)
+    points = distort(torch.where(imaged, points, 0.0), cameras.distortion)
+    return torch.where(imaged, torch.cat([points * depth, depth], -1), torch.nan)
 
 
 def compose(to_via: np.ndarray, via_from: np.ndarray) -> np.ndarray:

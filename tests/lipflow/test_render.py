@@ -4,33 +4,23 @@ import numpy as np
 import pytest
 import torch
 
+from lipflow.errors import ConfigError
 from lipflow.render import cpu
 from lipflow.render.camera import cam_from_head_tensor, compose, project
-from lipflow.render.interpolate import interpolate_cpu, interpolate_torch
+from lipflow.render.interpolate import interpolate_cpu
+from lipflow.render.reference import interpolate
 from lipflow.render.renderer import Renderer
-from lipflow.types import CameraTensors, Topology
-
-
-def make_topology(faces, uvs, weight_mask=None) -> Topology:
-    faces = np.asarray(faces, np.int64)
-    mask = np.ones((8, 8), np.float32) if weight_mask is None else weight_mask
-    uvs = np.asarray(uvs, np.float32)
-    return Topology(faces, uvs, faces, mask, {}, int(faces.max()) + 1)
-
-
-def camera_at_origin(height=32, width=40, focal=50.0, dtype=torch.float32) -> CameraTensors:
-    intrinsics = torch.tensor([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]], dtype=dtype)
-    pose = torch.eye(4, dtype=dtype)[:3]
-    return CameraTensors(intrinsics[None, None], pose[None, None])
-
-
-QUAD_FACES = [[0, 2, 1], [0, 3, 2]]
-QUAD_UVS = [[0, 0], [1, 0], [1, 1], [0, 1]]
-
-
-def tilted_quad(dtype=torch.float32) -> torch.Tensor:
-    """A rectangle that recedes to the right; front faces the camera at the origin."""
-    return torch.tensor([[-30, -20, 80], [30, -20, 160], [30, 20, 160], [-30, 20, 80]], dtype=dtype)
+from lipflow.render.texture import sample_bilinear
+from tests.lipflow.render_scenes import (
+    QUAD_FACES,
+    QUAD_UVS,
+    bump,
+    camera_at_origin,
+    cameras_around,
+    make_topology,
+    smooth_texture,
+    tilted_quad,
+)
 
 
 def test_texture_coordinates_are_perspective_correct():
@@ -100,40 +90,6 @@ def test_texture_row_zero_is_v_zero():
     assert bright[16:].max() == 0.0
 
 
-def test_gradients_equal_finite_differences_in_float64():
-    torch.manual_seed(0)
-    topology = make_topology(QUAD_FACES, QUAD_UVS)
-    renderer = Renderer(topology)
-    cameras = camera_at_origin(dtype=torch.float64)
-    texture = torch.nn.functional.interpolate(torch.rand(1, 3, 4, 4, dtype=torch.float64), 32, mode="bicubic")[None]
-    # Moved off the symmetric pose, in which pixel centres fall on the kinks of bilinear interpolation.
-    quad = tilted_quad(torch.float64)[None] + torch.tensor([0.37, 0.21, 0.53])
-    frozen = renderer.render(quad, texture, cameras, (32, 40)).triangle_id
-    # Pixels near the outline would change coverage under a finite step: compare well inside.
-    inside = torch.nn.functional.max_pool2d((frozen[0] < 0).double(), 5, stride=1, padding=2)[0] == 0
-    weights = torch.rand(3, 32, 40, dtype=torch.float64) * inside
-
-    def objective(vertices, texture_, pose, intrinsics):
-        out = renderer.render(vertices, texture_, CameraTensors(intrinsics, pose), (32, 40))
-        return (out.image[0, 0] * weights).sum()
-
-    arguments = [quad, texture, cameras.cam_from_head, cameras.intrinsics]
-    leaves = [argument.clone().requires_grad_() for argument in arguments]
-    objective(*leaves).backward()
-    worst = 0.0
-    for index, leaf in enumerate(leaves):
-        direction = torch.randn_like(leaf)
-        if index == 3:  # only focal lengths and principal point are free in K
-            direction *= torch.tensor([[1, 0, 1], [0, 1, 1], [0, 0, 0]])
-        step = 1e-6
-        moved = [a + step * direction if i == index else a for i, a in enumerate(arguments)]
-        back = [a - step * direction if i == index else a for i, a in enumerate(arguments)]
-        numeric = (objective(*moved) - objective(*back)) / (2 * step)
-        analytic = (leaf.grad * direction).sum()
-        worst = max(worst, (abs(numeric - analytic) / abs(numeric)).item())
-    assert worst < 1e-5
-
-
 def test_projection_and_rendering_agree_on_pixel_centres():
     """A vertex projected to a pixel's centre is seen by exactly that pixel's ray."""
     cameras = camera_at_origin()
@@ -173,10 +129,35 @@ def test_fused_interpolation_equals_its_torch_twin_in_values_and_gradients():
 
     def run(interpolate):
         leaves = [tensor.clone().requires_grad_() for tensor in (corners, intrinsics, face_uvs)]
-        uv, depth = interpolate(leaves[0], leaves[1], triangle_id, faces, leaves[2])
+        uv, depth, _ = interpolate(leaves[0], leaves[1], triangle_id, faces, leaves[2])
         (torch.cat([uv, depth[..., None]], -1) * weights).sum().backward()
         return [uv, depth, *(leaf.grad for leaf in leaves)]
 
-    for fused, plain in zip(run(interpolate_cpu), run(interpolate_torch), strict=True):
+    for fused, plain in zip(run(interpolate_cpu), run(interpolate), strict=True):
         scale = plain.abs().max()
         assert (fused - plain).abs().max() < 1e-11 * scale
+
+
+def test_filters_and_antialiasing_are_those_of_their_modules():
+    topology, mesh = bump()
+    cameras, size_hw = cameras_around([0.1, -0.4], (40, 48)), (40, 48)
+    texture = smooth_texture(64)
+    plain = Renderer(topology, "cpu").render(mesh[None], texture, cameras, size_hw)
+    assert torch.equal(
+        plain.image[0], sample_bilinear(texture[0], plain.uv[0], plain.mask[0])
+    )  # one texture for both views
+    mipped = Renderer(topology, "cpu", filter="trilinear").render(mesh[None], texture, cameras, size_hw)
+    truth = Renderer(topology, "reference", filter="trilinear").render(mesh[None], texture, cameras, size_hw)
+    torch.testing.assert_close(mipped.image, truth.image, atol=1e-12, rtol=0)
+    assert (mipped.image - plain.image).abs().max() > 1e-3
+    leaf = mesh[None].clone().requires_grad_()
+    smooth = Renderer(topology, "cpu", antialias=True).render(leaf, texture * 0 + 1, cameras, size_hw)
+    changed = ((smooth.image.detach() - plain.mask[:, :, None].double()).abs() > 1e-9).any(2)
+    # Only pixels at the outline are blended: those with a neighbour of the other kind.
+    other = sum((plain.mask.roll(shift, axis) != plain.mask).int() for shift in (-1, 1) for axis in (2, 3)) > 0
+    assert changed.any()
+    assert not (changed & ~other).any()
+    smooth.image.sum().backward()
+    assert leaf.grad.abs().max() > 1e-3
+    with pytest.raises(ConfigError, match="expected bilinear or trilinear"):
+        Renderer(topology, filter="cubic")

@@ -1,0 +1,366 @@
+"""The CUDA backend: its path over a CPU stand-in with nvdiffrast's signatures, and on a real device (``-m gpu``)."""
+
+import inspect
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lipflow.render import cuda
+from lipflow.render.backend import make_backend
+from lipflow.render.camera import look_at
+from lipflow.render.cuda import CudaBackend, CudaUnavailableError, halvings
+from tests.lipflow import nvdiffrast_standin
+
+SIZE_HW = (72, 56)
+
+
+@dataclass
+class Views:
+    """A mesh as three cameras see it, in float32."""
+
+    corners: Tensor
+    intrinsics: Tensor
+    faces: Tensor
+    face_uvs: Tensor
+
+
+def bowl(rings: int, columns: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A bumpy sphere of 90 mm with an open neck: vertices (V, 3), faces, and face_uvs with a seam."""
+    polar, azimuth = np.meshgrid(np.linspace(0.02, 2.4, rings), np.arange(columns) / columns * 2 * np.pi, indexing="ij")
+    radius = 90 * (1 + 0.1 * np.sin(3 * polar) * np.sin(4 * azimuth))
+    ring = np.sin(polar)
+    vertices = (radius * np.stack([ring * np.sin(azimuth), np.cos(polar), ring * np.cos(azimuth)])).reshape(3, -1).T
+    row, column = (index.ravel() for index in np.mgrid[: rings - 1, :columns])
+    a, b = (row * columns + (column + step) % columns for step in (0, 1))
+    c, d = b + columns, a + columns
+    faces = np.concatenate([np.stack([a, d, c], 1), np.stack([a, c, b], 1)])
+    left, right, top, low = column / columns, (column + 1) / columns, row / (rings - 1), (row + 1) / (rings - 1)
+    uvs = [np.stack([left, top], 1), np.stack([right, top], 1), np.stack([right, low], 1), np.stack([left, low], 1)]
+    face_uvs = np.concatenate([np.stack([uvs[i] for i in order], 1) for order in ((0, 3, 2), (0, 2, 1))])
+    return vertices, faces, face_uvs
+
+
+def views_of(vertices: np.ndarray, faces: np.ndarray, face_uvs: np.ndarray, size_hw: tuple[int, int]) -> Views:
+    """From the front, from the side, and from below, into the open neck."""
+    centres = np.array([[60.0, 90, 700], [800, -100, 250], [30, -650, 90]])
+    middle = vertices.mean(0).astype(np.float64)
+    poses = np.stack([look_at(middle + centre, middle, (0, 1, 0)) for centre in centres])
+    corners = vertices @ poses[:, :, :3].transpose(0, 2, 1) + poses[:, None, :, 3]
+    height, width = size_hw
+    intrinsics = np.array([[2.9 * height, 0.4, 0.52 * width], [0, 3.1 * height, 0.47 * height], [0, 0, 1]])
+    return Views(
+        torch.tensor(corners, dtype=torch.float32),
+        torch.tensor(intrinsics, dtype=torch.float32).expand(3, 3, 3).clone(),
+        torch.tensor(faces, dtype=torch.int64),
+        torch.tensor(face_uvs, dtype=torch.float32),
+    )
+
+
+@pytest.fixture(scope="module")
+def views() -> Views:
+    return views_of(*bowl(24, 30), SIZE_HW)
+
+
+def backend_of(views: Views, subpixel_bits: int | None = None) -> CudaBackend:
+    class Rounding(nvdiffrast_standin.RasterizeCudaContext):
+        def __init__(self, device=None):
+            super().__init__(device)
+            self.subpixel_bits = subpixel_bits
+
+    module = type("Module", (), {name: staticmethod(getattr(nvdiffrast_standin, name)) for name in SIGNATURES})
+    module.RasterizeCudaContext = Rounding
+    return CudaBackend(views.faces, views.face_uvs, module)
+
+
+SIGNATURES = ("rasterize", "interpolate", "texture", "antialias", "antialias_construct_topology_hash")
+
+
+def test_pixels_agree_with_the_reference(views):
+    """Not one of 5,431 covered pixels shows another triangle; worst uv 9e-7, depth 2e-4 mm, uv_da 3e-5 relative."""
+    ours = backend_of(views).rasterize(views.corners, views.intrinsics, SIZE_HW, derivatives=True)
+    reference = make_backend("reference", torch.device("cpu"), views.faces, views.face_uvs)
+    truth = reference.rasterize(views.corners.double(), views.intrinsics.double(), SIZE_HW, derivatives=True)
+    assert ours.triangle_id.dtype == torch.int32
+    assert (truth.triangle_id >= 0).sum() > 4000
+    assert torch.equal(ours.triangle_id, truth.triangle_id)
+    torch.testing.assert_close(ours.uv.double(), truth.uv, atol=3e-6, rtol=0)
+    torch.testing.assert_close(ours.depth.double(), truth.depth, atol=1e-3, rtol=0)
+    torch.testing.assert_close(ours.uv_da.double(), truth.uv_da, atol=1e-5, rtol=1e-4)
+
+
+def test_back_faces_hide_nothing_where_one_looks_into_the_neck(views):
+    """A plate over the head is seen through the neck, since the skull's inside is not drawn; its 2 triangles come last.
+
+    Drawn without removing back faces, it would be hidden; removed afterwards, they would leave a hole.
+    """
+    vertices, faces, face_uvs = bowl(24, 30)
+    plate = np.array([[-60.0, 100, -60], [60, 100, -60], [60, 100, 60], [-60, 100, 60]])
+    count = len(vertices)
+    faces = np.concatenate([faces, [[count, count + 1, count + 2], [count, count + 2, count + 3]]])
+    scene = views_of(np.concatenate([vertices, plate]), faces, np.concatenate([face_uvs, np.zeros((2, 3, 2))]), SIZE_HW)
+    neck = scene.corners[2:].contiguous()
+    ours = backend_of(scene).rasterize(neck, scene.intrinsics[2:], SIZE_HW)
+    truth = make_backend("reference", torch.device("cpu"), scene.faces, scene.face_uvs)
+    assert torch.equal(ours.triangle_id, truth.rasterize(neck, scene.intrinsics[2:], SIZE_HW).triangle_id)
+    context = nvdiffrast_standin.RasterizeCudaContext()
+    both_sides, _ = nvdiffrast_standin.rasterize(context, ours.clip, scene.faces.int(), SIZE_HW)
+    plate_pixels = ours.triangle_id >= len(faces) - 2
+    assert plate_pixels.sum() > 100
+    assert (both_sides[..., 3].int() - 1 >= len(faces) - 2).sum() < 0.1 * plate_pixels.sum()
+
+
+def test_gradients_agree_with_the_reference_in_float64(views):
+    """Of a random weighting of uv, depth and uv_da; relative error 1.5e-5 (corners), 1e-5 (K), 1.2e-5 (uv)."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (3, *SIZE_HW)
+    weights = [torch.randn(shape + tail, generator=generator) for tail in ((2,), (), (2, 2))]
+
+    def gradients(make, dtype):
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in (views.corners, views.intrinsics, views.face_uvs)]
+        out = make(leaves[2]).rasterize(leaves[0], leaves[1], SIZE_HW, derivatives=True)
+        total = (out.uv * weights[0]).sum() + (out.depth * weights[1]).sum() + (out.uv_da * weights[2]).sum()
+        return torch.autograd.grad(total, leaves)
+
+    ours = gradients(lambda uvs: CudaBackend(views.faces, uvs, nvdiffrast_standin), torch.float32)
+    truth = gradients(lambda uvs: make_backend("reference", uvs.device, views.faces, uvs), torch.float64)
+    for found, expected in zip(ours, truth, strict=True):
+        assert (found - expected).norm() < 2e-4 * expected.norm(), (found - expected).norm() / expected.norm()
+
+
+def test_rounding_of_corners_moves_edges_by_a_sixteenth_pixel(views):
+    """What the real nvdiffrast does to triangle ids: 2.0 % of covered pixels here, silhouettes 0.2 %."""
+    exact = backend_of(views).rasterize(views.corners, views.intrinsics, SIZE_HW)
+    rounded = backend_of(views, subpixel_bits=4).rasterize(views.corners, views.intrinsics, SIZE_HW)
+    covered = exact.triangle_id >= 0
+    other = (exact.triangle_id != rounded.triangle_id).sum() / covered.sum()
+    outline = (covered != (rounded.triangle_id >= 0)).sum() / covered.sum()
+    assert 0 < other < 0.05
+    assert outline < 0.01
+    both = covered & (rounded.triangle_id >= 0)
+    assert ((exact.depth - rounded.depth)[both].abs() < 0.2).float().mean() > 0.99
+
+
+def test_all_views_are_one_instanced_call(views):
+    """N views cost N views' triangles: the triangle list does not grow with N."""
+    calls = []
+
+    class Recording:
+        def __getattr__(self, name):
+            return getattr(nvdiffrast_standin, name)
+
+        def rasterize(self, glctx, pos, tri, resolution, **options):
+            calls.append((tuple(pos.shape), tuple(tri.shape)))
+            return nvdiffrast_standin.rasterize(glctx, pos, tri, resolution, **options)
+
+    backend = CudaBackend(views.faces, views.face_uvs, Recording())
+    for count in (1, 3):
+        backend.rasterize(views.corners[:count], views.intrinsics[:count], SIZE_HW)
+    triangles = len(views.faces)
+    assert calls == [((count, 3 * triangles, 4), (triangles, 3)) for count in (1, 3)]
+
+
+def test_triangles_across_the_near_plane_are_drawn_where_they_are_in_front(views):
+    """The camera stands inside of the mesh's bounding box: corners lie behind it, others in front."""
+    corners = views.corners.clone()
+    corners[..., 2] -= corners[..., 2].mean(1, keepdim=True) - 30
+    wide = views.intrinsics.clone()
+    wide[:, 0, 0], wide[:, 1, 1] = 40, 40
+    faces = views.faces.flip(1)  # seen from inside
+    inside = Views(corners, wide, faces, views.face_uvs.flip(1))
+    assert ((corners[:, faces][..., 2] < 1).any(-1) & (corners[:, faces][..., 2] > 1).any(-1)).any()
+    ours = backend_of(inside).rasterize(corners, wide, SIZE_HW)
+    truth = make_backend("reference", torch.device("cpu"), faces, inside.face_uvs).rasterize(corners, wide, SIZE_HW)
+    assert (truth.triangle_id >= 0).float().mean() > 0.5
+    assert torch.equal(ours.triangle_id, truth.triangle_id)
+    torch.testing.assert_close(ours.depth, truth.depth, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("change", ["behind", "beside", "flat", "not finite"])
+def test_views_that_see_nothing_are_empty(views, change):
+    corners = views.corners.clone()
+    if change == "behind":
+        corners[..., 2] *= -1
+    elif change == "beside":
+        corners[..., 0] += 1e4
+    elif change == "flat":
+        corners[:] = corners[:, :1]
+    else:
+        corners[:] = torch.nan
+    out = backend_of(views).rasterize(corners, views.intrinsics, SIZE_HW, derivatives=True)
+    assert (out.triangle_id == -1).all()
+    assert not out.uv.any()
+    assert not out.depth.any()
+
+
+def test_vertices_that_no_triangle_uses_do_not_matter(views):
+    stray = torch.cat([views.corners, torch.full((3, 1, 3), torch.nan)], 1)
+    backend = backend_of(views)
+    plain = backend.rasterize(views.corners, views.intrinsics, SIZE_HW)
+    with_stray = backend.rasterize(stray, views.intrinsics, SIZE_HW)
+    assert torch.equal(plain.triangle_id, with_stray.triangle_id)
+    assert torch.equal(plain.uv, with_stray.uv)
+
+
+def test_bilinear_sampling_is_that_of_grid_sample(views):
+    generator = torch.Generator().manual_seed(2)
+    texture, uv = torch.rand(2, 3, 16, 16, generator=generator), torch.rand(4, 6, 5, 2, generator=generator)
+    ours = backend_of(views).sample(texture, uv)
+    expected = torch.nn.functional.grid_sample(
+        texture.repeat_interleave(2, 0), uv * 2 - 1, padding_mode="border", align_corners=False
+    )
+    torch.testing.assert_close(ours, expected, atol=1e-6, rtol=0)
+
+
+def test_textures_shared_by_views_are_sampled_without_copies(views):
+    generator = torch.Generator().manual_seed(3)
+    texture, uv = torch.rand(2, 3, 16, 16, generator=generator), torch.rand(6, 6, 5, 2, generator=generator)
+    uv_da = torch.rand(6, 6, 5, 2, 2, generator=generator) / 8
+    texture.requires_grad_()
+    backend = backend_of(views)
+    sampled = [backend.sample(part, uv, uv_da) for part in (texture, texture.repeat_interleave(3, 0))]
+    assert torch.equal(*sampled)
+    gradients = [torch.autograd.grad(image.square().sum(), texture)[0] for image in sampled]
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="6 views cannot share 4 textures"):
+        backend.sample(texture[[0, 0, 1, 1]], uv)
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_a_pixel_of_two_to_the_level_texels_reads_that_mip_map(views, level):
+    texture = torch.rand(1, 2, 16, 16, generator=torch.Generator().manual_seed(4))
+    uv = torch.rand(1, 6, 5, 2, generator=torch.Generator().manual_seed(5))
+    uv_da = (torch.eye(2) * 2**level / 16).expand(1, 6, 5, 2, 2)
+    backend = backend_of(views)
+    pooled = torch.nn.functional.avg_pool2d(texture, 2**level)
+    torch.testing.assert_close(backend.sample(texture, uv, uv_da), backend.sample(pooled, uv), atol=1e-6, rtol=0)
+
+
+def test_mip_maps_end_where_the_size_becomes_odd():
+    assert [halvings(size) for size in (1, 2, 1000, 1024, 333)] == [0, 1, 3, 10, 0]
+
+
+def test_antialiased_area_and_its_gradient_are_exact():
+    """A square whose straight edges lie between pixel centres: the picture's sum is its area in pixels; worst 4e-6."""
+    faces, uvs = torch.tensor([[0, 2, 1], [0, 3, 2]]), torch.zeros(2, 3, 2)
+    square = torch.tensor([[[-10.3, -7.2, 100], [9.4, -7.2, 100], [9.4, 8.7, 100], [-10.3, 8.7, 100]]])
+    square.requires_grad_()
+    camera = torch.tensor([[[100.0, 0, 16], [0, 100, 12], [0, 0, 1]]])
+    backend = CudaBackend(faces, uvs, nvdiffrast_standin)
+    seen = backend.rasterize(square, camera, (24, 32))
+    mask = (seen.triangle_id >= 0).float()[:, None]
+    image = backend.antialias(mask, seen)
+    assert image.shape == mask.shape
+    # Both axes blend on their own, so a corner pixel counts its two edges but not their product.
+    row = image[0, 0, 12].sum()
+    torch.testing.assert_close(row, torch.tensor(19.7), atol=1e-4, rtol=0)
+    (gradient,) = torch.autograd.grad(row, square)
+    torch.testing.assert_close(gradient[0, :, 0].sum(), torch.tensor(0.0), atol=1e-5, rtol=0)
+    torch.testing.assert_close(gradient[0, [1, 2], 0].sum(), torch.tensor(1.0), atol=1e-5, rtol=0)
+
+
+def test_the_seam_of_an_atlas_is_no_silhouette(views):
+    """Silhouettes are found on the vertices' triangles, where the seam's two sides are neighbours."""
+    backend = backend_of(views)
+    seen = backend.rasterize(views.corners[:1], views.intrinsics[:1], SIZE_HW)
+    ramp = seen.triangle_id[:, None].float()
+    changed = (backend.antialias(ramp, seen) != ramp)[:, 0]
+    covered = (seen.triangle_id >= 0).float()[:, None]
+    near_outline = torch.nn.functional.max_pool2d(covered, 3, 1, 1) != -torch.nn.functional.max_pool2d(
+        -covered, 3, 1, 1
+    )
+    assert changed.sum() > 50
+    assert not (changed & ~near_outline[:, 0]).any()
+
+
+def test_what_is_missing_is_named(views, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(CudaUnavailableError, match=r"needs a CUDA device.*take backend 'cpu'"):
+        CudaBackend(views.faces, views.face_uvs)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "nvdiffrast", None)
+    monkeypatch.setitem(sys.modules, "nvdiffrast.torch", None)
+    with pytest.raises(CudaUnavailableError, match=r"pip install 'lipflow\[cuda\]'"):
+        CudaBackend(views.faces, views.face_uvs)
+
+
+def test_a_failed_compilation_names_the_compiler(views):
+    class Broken:
+        @staticmethod
+        def RasterizeCudaContext(device=None):
+            raise RuntimeError("Error building extension 'nvdiffrast_plugin'\nninja: build stopped")
+
+    with pytest.raises(CudaUnavailableError, match=r"Error building extension.*nvcc"):
+        CudaBackend(views.faces, views.face_uvs, Broken()).rasterize(views.corners, views.intrinsics, SIZE_HW)
+
+
+def test_sizes_beyond_its_counters_are_refused(views):
+    with pytest.raises(cuda.ConfigError, match="16777217 triangles"):
+        CudaBackend(views.faces[:1].expand(2**24 + 1, 3), views.face_uvs[:1], nvdiffrast_standin)
+    with pytest.raises(cuda.ConfigError, match="fewer views at once"):
+        backend_of(views).rasterize(views.corners, views.intrinsics, (2**14, 2**14))
+
+
+def test_the_stand_in_has_the_signatures_of_nvdiffrast():
+    real = pytest.importorskip("nvdiffrast.torch")
+    for name in SIGNATURES:
+        found, expected = (inspect.signature(getattr(module, name)) for module in (nvdiffrast_standin, real))
+        assert str(found) == str(expected)
+    assert list(inspect.signature(nvdiffrast_standin.RasterizeCudaContext).parameters) == ["device"]
+
+
+# On a real device.
+
+
+def meshes() -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """The two meshes of the benchmark: a face of 11,432 triangles (or the procedural head) and one of 26,000."""
+    from pathlib import Path
+
+    from pipeline.dome.face import procedural_face
+    from pipeline.dome.realface import load_realface
+
+    folder = Path(__file__).resolve().parents[3] / "shared" / "assets" / "realface"
+    face = load_realface(folder) if folder.is_dir() else procedural_face()
+    topology = face.topology
+    return {
+        "face": (face.neutral, topology.faces, topology.uvs[topology.uv_faces]),
+        "26k": bowl(101, 130),
+    }
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["face", "26k"])
+def test_nvdiffrast_shows_what_the_stand_in_and_the_cpu_show(name):
+    """Ids: 1/16 pixel of rounding apart from the CPU's. Where ids agree: uv, depth, image and gradients."""
+    size_hw = (512, 334)
+    views = views_of(*meshes()[name], size_hw)
+    texture = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(6))
+    device = torch.device("cuda")
+    real = CudaBackend(views.faces.to(device), views.face_uvs.to(device))
+    backends = {"real": real, "stand-in": backend_of(views, subpixel_bits=4)}
+    results = {}
+    for kind, backend in backends.items():
+        where = device if kind == "real" else torch.device("cpu")
+        corners = views.corners.to(where).requires_grad_()
+        out = backend.rasterize(corners, views.intrinsics.to(where), size_hw, derivatives=True)
+        mask = (out.triangle_id >= 0)[:, None]
+        image = backend.antialias(backend.sample(texture.to(where), out.uv, out.uv_da) * mask, out)
+        (gradient,) = torch.autograd.grad(image.square().mean(), corners)
+        results[kind] = [t.detach().cpu() for t in (out.triangle_id, out.uv, out.depth, image, gradient)]
+    cpu = make_backend("cpu", torch.device("cpu"), views.faces, views.face_uvs)
+    exact = cpu.rasterize(views.corners, views.intrinsics, size_hw)
+    ids, uv, depth, image, gradient = results["real"]
+    covered = exact.triangle_id >= 0
+    assert (ids != exact.triangle_id).sum() < 0.05 * covered.sum()
+    assert (ids != results["stand-in"][0]).sum() < 5e-3 * covered.sum()
+    same = covered & (ids == exact.triangle_id)
+    torch.testing.assert_close(uv[same], exact.uv[same], atol=1e-5, rtol=0)
+    torch.testing.assert_close(depth[same], exact.depth[same], atol=2e-2, rtol=0)
+    agreeing = (ids == results["stand-in"][0])[:, None]
+    assert ((image - results["stand-in"][3]).abs() * agreeing).mean() < 1e-3
+    expected = results["stand-in"][4]
+    assert (gradient - expected).norm() < 0.05 * expected.norm()
