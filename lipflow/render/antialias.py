@@ -203,7 +203,7 @@ def find_crossings_cpu(
     inputs = _arrays(triangle_id, depth, pixels, vertex_depth, faces, opposite)
     pairs, edges = [], []
     for view, arguments in enumerate(zip(*inputs[:4], strict=True)):
-        found = _find(*arguments, *inputs[4:], view)
+        found = _find(*arguments, *inputs[4:], view)  # type: ignore[call-arg]
         pairs.append(found[:, :4])
         edges.append(found[:, 4:])
     return Crossings(torch.from_numpy(np.concatenate(pairs)), torch.from_numpy(np.concatenate(edges)))
