@@ -128,11 +128,14 @@ class CudaBackend:
                 "draws in one call: render fewer views at once"
             )
         here, dtype = self._here(corners.device), corners.dtype
-        corners = corners.float()
-        own = corners.detach()[:, here.faces]
+        own = corners.detach().float()[:, here.faces]
         front = _faces_camera(own)
+        # Vertices that are not finite belong to no triangle that is drawn, but 0 times them is no gradient.
+        corners = torch.where(corners.isfinite(), corners, 0).float()
         clip = _clip_space(corners, intrinsics.float(), image_size_hw, _depth_range(own[..., 2], front))
-        drawn = torch.where(front[..., None, None], clip[:, here.faces], clip.new_tensor(_OUTSIDE))
+        drawn = clip[:, here.faces]
+        front &= drawn.detach().isfinite().flatten(2).all(-1)
+        drawn = torch.where(front[..., None, None], drawn, clip.new_tensor(_OUTSIDE))
         rast, rast_db = self._dr.rasterize(
             here.context, drawn.flatten(1, 2), here.tri_own, resolution=(height, width), grad_db=derivatives
         )
@@ -151,7 +154,7 @@ class CudaBackend:
             clip=clip,
         )
 
-    def sample(self, texture: Tensor, uv: Tensor, uv_da: Tensor | None = None) -> Tensor:
+    def sample(self, texture: Tensor, uv: Tensor, mask: Tensor, uv_da: Tensor | None = None) -> Tensor:
         """Look textures up, clamped at the border: bilinear, or trilinear over mip maps where ``uv_da`` is given.
 
         Textures that several views share are not copied: the views' rows are put below each other.
@@ -159,10 +162,11 @@ class CudaBackend:
         Args:
             texture: ``(M, C, T, T)``, row 0 is v = 0; texture m belongs to views m N/M to (m + 1) N/M - 1.
             uv: ``(N, H, W, 2)``.
+            mask: ``(N, H, W)`` bool, the pixels to look up.
             uv_da: ``(N, H, W, 2, 2)``, see :class:`~lipflow.render.backend.Fragments`.
 
         Returns:
-            ``(N, C, H, W)``, channels last in memory.
+            ``(N, C, H, W)``, channels last in memory; 0 outside the mask.
 
         Raises:
             ValueError: N is no multiple of M.
@@ -180,7 +184,7 @@ class CudaBackend:
                 "max_mip_level": halvings(texels.shape[1]),
             }
         colours = self._dr.texture(texels, uv.float().reshape(*rows, width, 2).contiguous(), **options)
-        return colours.reshape(views, height, width, -1).permute(0, 3, 1, 2)
+        return colours.reshape(views, height, width, -1).permute(0, 3, 1, 2) * mask[:, None]
 
     def antialias(self, image: Tensor, fragments: CudaFragments) -> Tensor:
         """Blend pixels across silhouette edges, so that vertices get gradients from what moves there.

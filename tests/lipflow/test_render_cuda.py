@@ -196,19 +196,32 @@ def test_views_that_see_nothing_are_empty(views, change):
     assert not out.depth.any()
 
 
-def test_vertices_that_no_triangle_uses_do_not_matter(views):
-    stray = torch.cat([views.corners, torch.full((3, 1, 3), torch.nan)], 1)
-    backend = backend_of(views)
-    plain = backend.rasterize(views.corners, views.intrinsics, SIZE_HW)
-    with_stray = backend.rasterize(stray, views.intrinsics, SIZE_HW)
-    assert torch.equal(plain.triangle_id, with_stray.triangle_id)
-    assert torch.equal(plain.uv, with_stray.uv)
+def test_vertices_that_are_not_finite_take_their_triangles_with_them_and_no_more(views):
+    """Neither the others' pixels change, nor do the cameras' gradients become NaN."""
+    stray = views.corners.clone()
+    stray[:, 300] = torch.nan
+    without = (views.faces != 300).all(1)
+    intrinsics = views.intrinsics.clone().requires_grad_()
+    ours = backend_of(views).rasterize(stray, intrinsics, SIZE_HW)
+    truth = make_backend("reference", torch.device("cpu"), views.faces, views.face_uvs)
+    expected = truth.rasterize(stray, views.intrinsics, SIZE_HW)
+    assert torch.equal(ours.triangle_id, expected.triangle_id)
+    assert without[ours.triangle_id[ours.triangle_id >= 0].long()].all()
+    (gradient,) = torch.autograd.grad(ours.uv.sum() + ours.depth.sum(), intrinsics)
+    assert gradient.isfinite().all()
+
+
+def test_a_camera_that_is_not_finite_sees_nothing(views):
+    broken = views.intrinsics.clone()
+    broken[0, 0, 0] = torch.nan
+    seen = backend_of(views).rasterize(views.corners, broken, SIZE_HW).triangle_id >= 0
+    assert seen.flatten(1).any(1).tolist() == [False, True, True]
 
 
 def test_bilinear_sampling_is_that_of_grid_sample(views):
     generator = torch.Generator().manual_seed(2)
     texture, uv = torch.rand(2, 3, 16, 16, generator=generator), torch.rand(4, 6, 5, 2, generator=generator)
-    ours = backend_of(views).sample(texture, uv)
+    ours = backend_of(views).sample(texture, uv, torch.ones(4, 6, 5, dtype=torch.bool))
     expected = torch.nn.functional.grid_sample(
         texture.repeat_interleave(2, 0), uv * 2 - 1, padding_mode="border", align_corners=False
     )
@@ -220,13 +233,14 @@ def test_textures_shared_by_views_are_sampled_without_copies(views):
     texture, uv = torch.rand(2, 3, 16, 16, generator=generator), torch.rand(6, 6, 5, 2, generator=generator)
     uv_da = torch.rand(6, 6, 5, 2, 2, generator=generator) / 8
     texture.requires_grad_()
-    backend = backend_of(views)
-    sampled = [backend.sample(part, uv, uv_da) for part in (texture, texture.repeat_interleave(3, 0))]
+    backend, mask = backend_of(views), torch.rand(6, 6, 5, generator=generator) > 0.2
+    sampled = [backend.sample(part, uv, mask, uv_da) for part in (texture, texture.repeat_interleave(3, 0))]
     assert torch.equal(*sampled)
+    assert not sampled[0][~mask[:, None].expand_as(sampled[0])].any()
     gradients = [torch.autograd.grad(image.square().sum(), texture)[0] for image in sampled]
     torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="6 views cannot share 4 textures"):
-        backend.sample(texture[[0, 0, 1, 1]], uv)
+        backend.sample(texture[[0, 0, 1, 1]], uv, mask)
 
 
 @pytest.mark.parametrize("level", [0, 1, 2])
@@ -236,7 +250,9 @@ def test_a_pixel_of_two_to_the_level_texels_reads_that_mip_map(views, level):
     uv_da = (torch.eye(2) * 2**level / 16).expand(1, 6, 5, 2, 2)
     backend = backend_of(views)
     pooled = torch.nn.functional.avg_pool2d(texture, 2**level)
-    torch.testing.assert_close(backend.sample(texture, uv, uv_da), backend.sample(pooled, uv), atol=1e-6, rtol=0)
+    mask = torch.ones(1, 6, 5, dtype=torch.bool)
+    sampled, expected = backend.sample(texture, uv, mask, uv_da), backend.sample(pooled, uv, mask)
+    torch.testing.assert_close(sampled, expected, atol=1e-6, rtol=0)
 
 
 def test_mip_maps_end_where_the_size_becomes_odd():
@@ -347,8 +363,7 @@ def test_nvdiffrast_shows_what_the_stand_in_and_the_cpu_show(name):
         where = device if kind == "real" else torch.device("cpu")
         corners = views.corners.to(where).requires_grad_()
         out = backend.rasterize(corners, views.intrinsics.to(where), size_hw, derivatives=True)
-        mask = (out.triangle_id >= 0)[:, None]
-        image = backend.antialias(backend.sample(texture.to(where), out.uv, out.uv_da) * mask, out)
+        image = backend.antialias(backend.sample(texture.to(where), out.uv, out.triangle_id >= 0, out.uv_da), out)
         (gradient,) = torch.autograd.grad(image.square().mean(), corners)
         results[kind] = [t.detach().cpu() for t in (out.triangle_id, out.uv, out.depth, image, gradient)]
     cpu = make_backend("cpu", torch.device("cpu"), views.faces, views.face_uvs)
