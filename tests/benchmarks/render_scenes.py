@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,10 +64,10 @@ def face_mesh(folder: Path | None) -> Mesh:
     return Mesh(f"{name}, {len(face.topology.faces):,}", face.neutral, face.topology, np.ascontiguousarray(texture))
 
 
-def ball_mesh(rings: int, columns: int) -> Mesh:
-    """A bumpy ball of a head's size with ``2 (rings - 1) columns`` triangles, and a texture of noise."""
+def ball_mesh(rings: int, columns: int, radius_mm: float = 110) -> Mesh:
+    """A bumpy ball, of a head's size by default, with ``2 (rings - 1) columns`` triangles and a texture of noise."""
     polar, azimuth = np.meshgrid(np.linspace(0.02, 3.1, rings), np.arange(columns) / columns * 2 * np.pi, indexing="ij")
-    radius = 110 * (1 + 0.06 * np.sin(5 * polar) * np.sin(6 * azimuth))
+    radius = radius_mm * (1 + 0.06 * np.sin(5 * polar) * np.sin(6 * azimuth))
     ring = np.sin(polar)
     vertices = (radius * np.stack([ring * np.sin(azimuth), np.cos(polar), ring * np.cos(azimuth)])).reshape(3, -1).T
     row, column = (index.ravel() for index in np.mgrid[: rings - 1, :columns])
@@ -99,7 +101,8 @@ def write_scene(mesh: Mesh, size_hw: tuple[int, int], folder: Path) -> Path:
         shift = cam_rotation @ translation + camera.cam_from_world[:, 3]
         poses.append(np.concatenate([cam_rotation @ rotation, shift[:, None]], 1))
     topology = mesh.topology
-    path = folder / f"{mesh.name.split(',')[0].replace(' ', '-')}-{len(topology.faces)}-{size_hw[0]}x{size_hw[1]}.npz"
+    handle, path = tempfile.mkstemp(".npz", "scene-", folder)
+    os.close(handle)
     np.savez(
         path,
         vertices=mesh.vertices,
@@ -111,7 +114,7 @@ def write_scene(mesh: Mesh, size_hw: tuple[int, int], folder: Path) -> Path:
         cam_from_head=np.stack(poses).astype(np.float32),
         size_hw=np.array(size_hw),
     )
-    return path
+    return Path(path)
 
 
 def write_cases(cases: list[Case], path: Path) -> Path:
