@@ -10,7 +10,7 @@ a finite inverse of K sees nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.util
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -76,45 +76,30 @@ def make_backend(name: BackendName, device: torch.device, faces: Tensor, face_uv
         ConfigError: no such backend, or one that cannot work here; the message says what to install.
     """
     if name == "auto":
-        return (_cuda_if_installed() if device.type == "cuda" else _cpu)(faces, face_uvs)
+        name = "cuda" if device.type == "cuda" and _cuda_works() else "cpu"
     if name == "reference":
         from lipflow.render.reference import ReferenceBackend
 
         return ReferenceBackend(faces, face_uvs)
     if name == "cpu":
-        return _cpu(faces, face_uvs)
+        from lipflow.render.cpu import CpuBackend
+
+        return CpuBackend(faces, face_uvs)
     if name != "cuda":
         raise ConfigError(f"backend {name!r}: expected auto, reference, cpu or cuda")
+    from lipflow.render.cuda import CudaBackend
+
+    backend = CudaBackend(faces, face_uvs)
     if device.type != "cuda":
         raise ConfigError(
-            f"backend 'cuda' cannot draw tensors on {str(device)!r}: move renderer and tensors to a CUDA device "
-            "(a machine with an NVIDIA GPU and a CUDA build of torch), or take backend 'cpu'"
+            f"backend 'cuda' cannot draw tensors on {str(device)!r}: move renderer and tensors to a CUDA device, or "
+            "take backend 'cpu'"
         )
-    return _import_cuda()(faces, face_uvs)
+    return backend
 
 
-def _cpu(faces: Tensor, face_uvs: Tensor) -> Backend:
-    from lipflow.render.cpu import CpuBackend
-
-    return CpuBackend(faces, face_uvs)
-
-
-def _cuda_if_installed() -> Callable[[Tensor, Tensor], Backend]:
-    try:
-        return _import_cuda()
-    except ConfigError:
-        return _cpu
-
-
-def _import_cuda() -> Callable[[Tensor, Tensor], Backend]:
-    try:
-        from lipflow.render.cuda import CudaBackend  # type: ignore[import-not-found, import-untyped, unused-ignore]
-    except ImportError as error:
-        raise ConfigError(
-            "backend 'cuda' needs nvdiffrast: pip install 'lipflow[cuda]' (or diffrp-nvdiffrast and ninja), "
-            "with a CUDA toolkit for its first compilation; or take backend 'cpu'"
-        ) from error
-    return CudaBackend
+def _cuda_works() -> bool:
+    return torch.cuda.is_available() and importlib.util.find_spec("nvdiffrast") is not None
 
 
 __all__ = ["NEAR_MM", "Backend", "BackendName", "Fragments", "make_backend"]

@@ -9,7 +9,9 @@ functions of the pixel's ``p = (x, y, 1)``, since ``d = K^-1 p``. They are set u
 
 and a pixel costs three products with p and one division. Backwards, the gradients of U, V, S and det are summed over
 a triangle's pixels, and go on to corners, K and texture coordinates once for each triangle. Everything is computed
-in float64. :func:`lipflow.render.reference.interpolate` gives the same numbers in plain torch.
+in float64 (``np.float64(x)``: in numba ``float(x)`` of a float32 stays one), and planes from differences of corners:
+in products of positions, a metre away, grazing triangles would cancel. :func:`lipflow.render.reference.interpolate`
+gives the same numbers in plain torch.
 """
 
 from __future__ import annotations
@@ -119,14 +121,14 @@ def _through_inverse(intrinsics: np.ndarray, grad_inverse: np.ndarray) -> np.nda
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def _inverse(intrinsics):
     """The free entries of K^-1, row by row."""
-    fx, skew, cx = float(intrinsics[0, 0]), float(intrinsics[0, 1]), float(intrinsics[0, 2])
-    fy, cy = float(intrinsics[1, 1]), float(intrinsics[1, 2])
+    fx, skew, cx = np.float64(intrinsics[0, 0]), np.float64(intrinsics[0, 1]), np.float64(intrinsics[0, 2])
+    fy, cy = np.float64(intrinsics[1, 1]), np.float64(intrinsics[1, 2])
     return 1.0 / fx, -skew / (fx * fy), (skew * cy / fy - cx) / fx, 1.0 / fy, -cy / fy
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def _corner(corners, index):
-    return float(corners[index, 0]), float(corners[index, 1]), float(corners[index, 2])
+    return np.float64(corners[index, 0]), np.float64(corners[index, 1]), np.float64(corners[index, 2])
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
@@ -162,9 +164,9 @@ def _from_pixels(inverse, plane):
 def _set_up(corners, inverse, faces, face_uvs, face, planes):
     """Fill ``planes (12,)`` with U, V, S, det, u_a, v_a of a face."""
     a, b, c = _corner(corners, faces[face, 0]), _corner(corners, faces[face, 1]), _corner(corners, faces[face, 2])
-    normal = _cross(_minus(c, a), _minus(b, a))
-    plane_b, plane_c = _cross(a, c), _cross(b, a)
-    u_a, v_a = float(face_uvs[face, 0, 0]), float(face_uvs[face, 0, 1])
+    to_c, to_b = _minus(c, a), _minus(b, a)
+    normal, plane_b, plane_c = _cross(to_c, to_b), _cross(a, to_c), _cross(to_b, a)
+    u_a, v_a = np.float64(face_uvs[face, 0, 0]), np.float64(face_uvs[face, 0, 1])
     u = _to_pixels(inverse, _mix(face_uvs[face, 1, 0] - u_a, plane_b, face_uvs[face, 2, 0] - u_a, plane_c))
     v = _to_pixels(inverse, _mix(face_uvs[face, 1, 1] - v_a, plane_b, face_uvs[face, 2, 1] - v_a, plane_c))
     s = _to_pixels(inverse, normal)
@@ -250,14 +252,14 @@ def _backward(corners, intrinsics, triangle_id, begin, faces, face_uvs, grad_uv,
                 x = pixel + 0.5
                 t = 1.0 / (s_x * x + s_row)
                 du, dv = (u_x * x + u_row) * t, (v_x * x + v_row) * t
-                grad_u, grad_v = float(grad_uv[row, pixel, 0]), float(grad_uv[row, pixel, 1])
-                grad_z = float(grad_depth[row, pixel])
+                grad_u, grad_v = np.float64(grad_uv[row, pixel, 0]), np.float64(grad_uv[row, pixel, 1])
+                grad_z = np.float64(grad_depth[row, pixel])
                 sum_ua += grad_u
                 sum_va += grad_v
                 rest = grad_z * determinant * t
                 if derivatives:
-                    ux, uy = float(grad_uv_da[row, pixel, 0, 0]), float(grad_uv_da[row, pixel, 0, 1])
-                    vx, vy = float(grad_uv_da[row, pixel, 1, 0]), float(grad_uv_da[row, pixel, 1, 1])
+                    ux, uy = np.float64(grad_uv_da[row, pixel, 0, 0]), np.float64(grad_uv_da[row, pixel, 0, 1])
+                    vx, vy = np.float64(grad_uv_da[row, pixel, 1, 0]), np.float64(grad_uv_da[row, pixel, 1, 1])
                     total[0] += ux * t
                     total[1] += uy * t
                     total[3] += vx * t
@@ -302,20 +304,20 @@ def _distribute(corners, intrinsics, faces, face_uvs, sums, grad_corners, grad_i
             continue
         ia, ib, ic = faces[face, 0], faces[face, 1], faces[face, 2]
         a, b, c = _corner(corners, ia), _corner(corners, ib), _corner(corners, ic)
-        from_a, to_b = _minus(c, a), _minus(b, a)
-        normal, plane_b, plane_c = _cross(from_a, to_b), _cross(a, c), _cross(b, a)
+        to_c, to_b = _minus(c, a), _minus(b, a)
+        normal, plane_b, plane_c = _cross(to_c, to_b), _cross(a, to_c), _cross(to_b, a)
         grad_u, grad_v = (total[0], total[1], total[2]), (total[3], total[4], total[5])
         grad_s = (total[6], total[7], total[8])
-        first = face_uvs[face, 0]
-        b_u, b_v = float(face_uvs[face, 1, 0] - first[0]), float(face_uvs[face, 1, 1] - first[1])
-        c_u, c_v = float(face_uvs[face, 2, 0] - first[0]), float(face_uvs[face, 2, 1] - first[1])
+        u_a, v_a = np.float64(face_uvs[face, 0, 0]), np.float64(face_uvs[face, 0, 1])
+        b_u, b_v = face_uvs[face, 1, 0] - u_a, face_uvs[face, 1, 1] - v_a
+        c_u, c_v = face_uvs[face, 2, 0] - u_a, face_uvs[face, 2, 1] - v_a
         pixels_b, pixels_c = _mix(b_u, grad_u, b_v, grad_v), _mix(c_u, grad_u, c_v, grad_v)
         for i, (x, y, z) in enumerate(zip(plane_b, plane_c, normal)):  # noqa: B905 (numba knows no strict)
             for j in range(3):
                 grad_inverse[i, j] += x * pixels_b[j] + y * pixels_c[j] + z * grad_s[j]
         grad_b, grad_c = _from_pixels(inverse, pixels_b), _from_pixels(inverse, pixels_c)
         grad_normal = _mix(1.0, _from_pixels(inverse, grad_s), total[9], a)
-        from_c, from_b = _cross(to_b, grad_normal), _cross(grad_normal, from_a)
+        from_c, from_b = _cross(to_b, grad_normal), _cross(grad_normal, to_c)
         b_of_c, b_of_a = _cross(grad_b, a), _cross(c, grad_b)
         c_of_a, c_of_b = _cross(grad_c, b), _cross(a, grad_c)
         for axis in range(3):

@@ -61,8 +61,9 @@ def visible_triangles(
     height, width = image_size_hw
     triangles, camera = corners.double()[faces], intrinsics.double()
     planes = _to_pixels(edge_planes(triangles), camera)
-    a, b, c = triangles.unbind(1)
-    volume = (a * torch.linalg.cross(c - a, b - a)).sum(-1)
+    normals = _normals(triangles)
+    volume = (triangles[:, 0] * normals).sum(-1)
+    total_planes = _to_pixels(normals[:, None], camera)
     depths = triangles[..., 2]
     candidates = ((volume > 0) & volume.isfinite() & (depths >= near).any(-1)).nonzero()[:, 0]
     boxes = _bounding_boxes(triangles[candidates], camera, image_size_hw, near)
@@ -79,7 +80,7 @@ def visible_triangles(
         triangle = candidates[chunk][triangle]
         pixel = _centres(row, column)
         edges = _dot(planes[triangle], pixel)
-        z = volume[triangle] / edges.sum(-1)
+        z = volume[triangle] / _dot(total_planes[triangle], pixel)[:, 0]
         covered = ((edges > 0) | ((edges == 0) & _owns_boundary(planes)[triangle])).all(-1) & (z >= near)
         triangle, place, z = triangle[covered], (row * width + column)[covered], z[covered]
         closest = nearest.scatter_reduce(0, place, z, "amin")
@@ -106,7 +107,7 @@ def interpolate(
     view, row, column = place
     triangle = triangle_id[place].long()
     seen_corners = corners.double()[view[:, None], faces[triangle]]
-    planes = _to_pixels(edge_planes(seen_corners), intrinsics.double()[view])
+    planes = _to_pixels(_accurate_planes(seen_corners), intrinsics.double()[view])
     edges = _dot(planes, _centres(row, column))
     total = edges.sum(-1, keepdim=True)
     weights = edges / total
@@ -130,6 +131,22 @@ def edge_planes(triangles: Tensor) -> Tensor:
     a, b, c = triangles.unbind(-2)
     # Not linalg.cross: it may fuse multiplication and addition, so that a x b is not exactly -(b x a).
     return torch.stack([_cross(c, b), _cross(a, c), _cross(b, a)], -2)
+
+
+def _accurate_planes(triangles: Tensor) -> Tensor:
+    """The same planes from the triangles' sides: products of positions, far larger, would cancel where S . d is small.
+
+    Their last bits are not those of the neighbour's planes, so that they cannot decide what is covered.
+    """
+    a, b, c = triangles.unbind(-2)
+    plane_b, plane_c = _cross(a, c - a), _cross(b - a, a)
+    return torch.stack([_normals(triangles) - plane_b - plane_c, plane_b, plane_c], -2)
+
+
+def _normals(triangles: Tensor) -> Tensor:
+    """The sum of a triangle's planes: ``(..., 3)``, its normal times twice its area, pointing away from its front."""
+    a, b, c = triangles.unbind(-2)
+    return _cross(c - a, b - a)
 
 
 def _cross(p: Tensor, q: Tensor) -> Tensor:

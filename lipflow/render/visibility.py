@@ -29,7 +29,7 @@ _SLACK_PX = 1e-3
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def _first_centre(position, count):
     """The first of ``count`` pixels whose centre (index + 0.5) is at or beyond ``position``."""
-    return int(np.ceil(min(max(position - 0.5, 0.0), float(count))))
+    return int(np.ceil(min(max(position - 0.5, 0.0), np.float64(count))))
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
@@ -77,17 +77,17 @@ def set_up_view(corners, faces, intrinsics, near, height, width):
     """
     lines, inverse_depth = np.empty((faces.shape[0], 3, 4)), np.empty((faces.shape[0], 3))
     spans = np.empty((faces.shape[0], 5), np.int32)
-    fx, skew, cx = float(intrinsics[0, 0]), float(intrinsics[0, 1]), float(intrinsics[0, 2])
-    fy, cy = float(intrinsics[1, 1]), float(intrinsics[1, 2])
+    fx, skew, cx = np.float64(intrinsics[0, 0]), np.float64(intrinsics[0, 1]), np.float64(intrinsics[0, 2])
+    fy, cy = np.float64(intrinsics[1, 1]), np.float64(intrinsics[1, 2])
     per_fx, per_fy = 1.0 / fx, 1.0 / fy
     if not np.isfinite(per_fx + per_fy + skew + cx + cy):
         return lines, inverse_depth, spans, 0
     kept = 0
     for face in range(faces.shape[0]):
         a, b, c = corners[faces[face, 0]], corners[faces[face, 1]], corners[faces[face, 2]]
-        a0, a1, a2 = float(a[0]), float(a[1]), float(a[2])
-        b0, b1, b2 = float(b[0]), float(b[1]), float(b[2])
-        c0, c1, c2 = float(c[0]), float(c[1]), float(c[2])
+        a0, a1, a2 = np.float64(a[0]), np.float64(a[1]), np.float64(a[2])
+        b0, b1, b2 = np.float64(b[0]), np.float64(b[1]), np.float64(b[2])
+        c0, c1, c2 = np.float64(c[0]), np.float64(c[1]), np.float64(c[2])
         q0, q1, q2, r0, r1, r2 = c0 - a0, c1 - a1, c2 - a2, b0 - a0, b1 - a1, b2 - a2
         n0, n1, n2 = q1 * r2 - q2 * r1, q2 * r0 - q0 * r2, q0 * r1 - q1 * r0
         volume = a0 * n0 + a1 * n1 + a2 * n2
