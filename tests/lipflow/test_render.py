@@ -9,29 +9,7 @@ from lipflow.render.camera import cam_from_head_tensor, compose, project
 from lipflow.render.interpolate import interpolate_cpu
 from lipflow.render.reference import interpolate
 from lipflow.render.renderer import Renderer
-from lipflow.types import CameraTensors, Topology
-
-
-def make_topology(faces, uvs, weight_mask=None) -> Topology:
-    faces = np.asarray(faces, np.int64)
-    mask = np.ones((8, 8), np.float32) if weight_mask is None else weight_mask
-    uvs = np.asarray(uvs, np.float32)
-    return Topology(faces, uvs, faces, mask, {}, int(faces.max()) + 1)
-
-
-def camera_at_origin(height=32, width=40, focal=50.0, dtype=torch.float32) -> CameraTensors:
-    intrinsics = torch.tensor([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]], dtype=dtype)
-    pose = torch.eye(4, dtype=dtype)[:3]
-    return CameraTensors(intrinsics[None, None], pose[None, None])
-
-
-QUAD_FACES = [[0, 2, 1], [0, 3, 2]]
-QUAD_UVS = [[0, 0], [1, 0], [1, 1], [0, 1]]
-
-
-def tilted_quad(dtype=torch.float32) -> torch.Tensor:
-    """A rectangle that recedes to the right; front faces the camera at the origin."""
-    return torch.tensor([[-30, -20, 80], [30, -20, 160], [30, 20, 160], [-30, 20, 80]], dtype=dtype)
+from tests.lipflow.render_scenes import QUAD_FACES, QUAD_UVS, camera_at_origin, make_topology, tilted_quad
 
 
 def test_texture_coordinates_are_perspective_correct():
@@ -99,40 +77,6 @@ def test_texture_row_zero_is_v_zero():
     bright = out.image[0, 0, 0] * out.mask[0, 0]
     assert bright[:10].max() == 1.0  # v = 0 lies at y = -20: above the centre, the smaller rows
     assert bright[16:].max() == 0.0
-
-
-def test_gradients_equal_finite_differences_in_float64():
-    torch.manual_seed(0)
-    topology = make_topology(QUAD_FACES, QUAD_UVS)
-    renderer = Renderer(topology)
-    cameras = camera_at_origin(dtype=torch.float64)
-    texture = torch.nn.functional.interpolate(torch.rand(1, 3, 4, 4, dtype=torch.float64), 32, mode="bicubic")[None]
-    # Moved off the symmetric pose, in which pixel centres fall on the kinks of bilinear interpolation.
-    quad = tilted_quad(torch.float64)[None] + torch.tensor([0.37, 0.21, 0.53])
-    frozen = renderer.render(quad, texture, cameras, (32, 40)).triangle_id
-    # Pixels near the outline would change coverage under a finite step: compare well inside.
-    inside = torch.nn.functional.max_pool2d((frozen[0] < 0).double(), 5, stride=1, padding=2)[0] == 0
-    weights = torch.rand(3, 32, 40, dtype=torch.float64) * inside
-
-    def objective(vertices, texture_, pose, intrinsics):
-        out = renderer.render(vertices, texture_, CameraTensors(intrinsics, pose), (32, 40))
-        return (out.image[0, 0] * weights).sum()
-
-    arguments = [quad, texture, cameras.cam_from_head, cameras.intrinsics]
-    leaves = [argument.clone().requires_grad_() for argument in arguments]
-    objective(*leaves).backward()
-    worst = 0.0
-    for index, leaf in enumerate(leaves):
-        direction = torch.randn_like(leaf)
-        if index == 3:  # only focal lengths and principal point are free in K
-            direction *= torch.tensor([[1, 0, 1], [0, 1, 1], [0, 0, 0]])
-        step = 1e-6
-        moved = [a + step * direction if i == index else a for i, a in enumerate(arguments)]
-        back = [a - step * direction if i == index else a for i, a in enumerate(arguments)]
-        numeric = (objective(*moved) - objective(*back)) / (2 * step)
-        analytic = (leaf.grad * direction).sum()
-        worst = max(worst, (abs(numeric - analytic) / abs(numeric)).item())
-    assert worst < 1e-5
 
 
 def test_projection_and_rendering_agree_on_pixel_centres():
