@@ -40,6 +40,7 @@ from torch import Tensor
 
 from lipflow.errors import ConfigError
 from lipflow.render.backend import NEAR_MM, Fragments
+from lipflow.render.texture import max_mip_level
 
 MAX_TRIANGLES = 2**24
 """Ids are stored as float32, which counts no further without gaps."""
@@ -182,7 +183,7 @@ class CudaBackend:
             options |= {
                 "uv_da": uv_da.float().reshape(*rows, width, 4).contiguous(),
                 "filter_mode": "linear-mipmap-linear",
-                "max_mip_level": halvings(texels.shape[1]),
+                "max_mip_level": max_mip_level(texels.shape[1]),
             }
         colours = self._dr.texture(texels, uv.float().reshape(*rows, width, 2).contiguous(), **options)
         return colours.reshape(views, height, width, -1).permute(0, 3, 1, 2) * mask[:, None]
@@ -214,11 +215,6 @@ class CudaBackend:
                 silhouettes=self._dr.antialias_construct_topology_hash(tri),
             )
         return self._on_device[device]
-
-
-def halvings(texture_size: int) -> int:
-    """How often a size halves without remainder, which is how many mip maps there are; 1000 halves 3 times."""
-    return (texture_size & -texture_size).bit_length() - 1
 
 
 def _faces_camera(own: Tensor) -> Tensor:
