@@ -6,9 +6,11 @@ from itertools import pairwise
 import pytest
 import torch
 
-from lipflow.render.camera import camera_corners
+from lipflow.model.driving import landmark_residuals_mm
+from lipflow.render.camera import camera_corners, image_points, project, project_through_lens, transform_points
 from lipflow.render.lens import distort, undistort, valid_radius
 from lipflow.render.renderer import Renderer
+from lipflow.types import CameraTensors, DrivingSignals
 from tests.lipflow.render_scenes import bump, cameras_around, make_topology, smooth_texture
 
 BARREL = (-0.3, 0.08, 0.001, -0.002, 0.0)
@@ -135,3 +137,41 @@ def test_gradients_reach_lens_and_vertices_as_finite_differences_do():
         numeric, analytic = (values[0] - values[1]) / (2 * step), (gradients[index] * direction).sum()
         # Measured 4e-10 and 2e-10 relative.
         torch.testing.assert_close(analytic, numeric, rtol=1e-7, atol=0)
+
+
+def test_points_project_through_a_lens_to_where_the_mesh_is_drawn():
+    """A vertex lies at the image of its corner; beyond the valid radius points go on outwards, and have gradients."""
+    camera = wide_camera(BARREL)
+    _, mesh = plane(17, 40.0)
+    single = CameraTensors(camera.intrinsics[:, 0], camera.cam_from_head[:, 0], camera.distortion[:, 0])
+    pixels, depth = project_through_lens(mesh[None], single)
+    corners = camera_corners(mesh[None], camera)[0, 0]
+    imaged = corners.isfinite().all(-1)
+    assert imaged.sum() > 100
+    torch.testing.assert_close(
+        pixels[0, imaged], image_points(corners[imaged], camera.intrinsics[0, 0]), atol=1e-9, rtol=0
+    )
+    torch.testing.assert_close(depth[0, imaged], corners[imaged, 2])
+    pinhole, _ = project(mesh[None], single.intrinsics, single.cam_from_head)
+    assert (pixels - pinhole)[0, imaged].norm(dim=-1).max() > 1.5  # px; measured 2.07
+    ray = torch.linspace(0.1, 5, 200, dtype=torch.float64)
+    outwards = torch.stack([100 * ray, 30 * ray, torch.full_like(ray, 100)], -1)[None].requires_grad_()
+    head_from_cam = torch.linalg.inv(torch.cat([single.cam_from_head, torch.tensor([[[0.0, 0, 0, 1]]]).double()], 1))
+    points = transform_points(outwards, head_from_cam[:, :3])
+    centre = single.intrinsics[:, None, :2, 2]
+    distance = (project_through_lens(points, single)[0] - centre).norm(dim=-1)
+    assert (distance.diff(dim=-1) > 0).all()
+    (gradient,) = torch.autograd.grad(distance.sum(), outwards)
+    assert gradient.isfinite().all()
+
+
+def test_landmarks_are_compared_with_keypoints_through_the_lens():
+    _, mesh = plane(5, 20.0)
+    camera = wide_camera(BARREL)
+    frontal = CameraTensors(camera.intrinsics[:, 0], camera.cam_from_head[:, 0], camera.distortion[:, 0])
+    pixels, _ = project_through_lens(mesh[None], frontal)
+    seen = torch.cat([pixels, torch.ones_like(pixels[..., :1])], -1)
+    exact = landmark_residuals_mm(mesh[None], DrivingSignals(keypoints=seen, frontal_cameras=frontal))
+    assert exact.max() < 1e-5
+    straight = replace(frontal, distortion=None)
+    assert landmark_residuals_mm(mesh[None], DrivingSignals(keypoints=seen, frontal_cameras=straight)).max() > 0.5
