@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lipflow.render.cpu import NEAR_MM
+from lipflow.render.backend import NEAR_MM
 
 SLACK = 1 / 16
 """How far beyond the segment, in px, a crossing may lie to count: visibility and crossing round differently."""

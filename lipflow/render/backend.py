@@ -1,4 +1,4 @@
-"""What every rasteriser offers the renderer, and the choice between them.
+"""What every backend offers the renderer, and the choice between them.
 
 Conventions that all backends keep. Corners are camera-space positions in mm (x right, y down, z forward); a pixel's
 ray goes through its centre, at +0.5; a triangle is drawn where it is seen from its front (counter-clockwise) at a
@@ -10,14 +10,16 @@ a finite inverse of K sees nothing.
 
 from __future__ import annotations
 
-import importlib.util
+import logging
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from lipflow.errors import ConfigError
+
+_LOG = logging.getLogger(__name__)
 
 BackendName = Literal["auto", "reference", "cpu", "cuda"]
 
@@ -43,12 +45,16 @@ class Fragments:
     uv_da: Tensor | None = None
 
 
-class Backend(Protocol):
-    """A rasteriser of one topology: made from ``faces (F, 3)`` int64 and ``face_uvs (F, 3, 2)``."""
+FragmentsT = TypeVar("FragmentsT", bound=Fragments)
+"""A backend's own fragments, which may hold what it needs to blend silhouettes later."""
+
+
+class Backend(Protocol[FragmentsT]):
+    """Draws one topology: made from ``faces (F, 3)`` int64 and ``face_uvs (F, 3, 2)``."""
 
     def rasterize(
         self, corners: Tensor, intrinsics: Tensor, image_size_hw: tuple[int, int], *, derivatives: bool = False
-    ) -> Fragments:
+    ) -> FragmentsT:
         """Rasterise N views; uv, depth and uv_da are differentiable in corners, intrinsics and face_uvs.
 
         Args:
@@ -62,9 +68,32 @@ class Backend(Protocol):
         """
         ...
 
+    def sample(self, texture: Tensor, uv: Tensor, mask: Tensor, uv_da: Tensor | None = None) -> Tensor:
+        """Look textures up, clamped at the border: bilinear, or trilinear over mip maps where ``uv_da`` is given.
 
-def make_backend(name: BackendName, device: torch.device, faces: Tensor, face_uvs: Tensor) -> Backend:
-    """The backend of that name; ``auto`` takes ``cuda`` for tensors on a GPU if nvdiffrast is there, else ``cpu``.
+        Args:
+            texture: ``(M, C, T, T)``, row 0 is v = 0; texture m belongs to views m N/M to (m + 1) N/M - 1.
+            uv: ``(N, H, W, 2)``.
+            mask: ``(N, H, W)`` bool, the pixels to look up.
+            uv_da: ``(N, H, W, 2, 2)``, as in :class:`Fragments`.
+
+        Returns:
+            ``(N, C, H, W)``, 0 outside the mask; differentiable in all but the mask.
+        """
+        ...
+
+    def antialias(self, image: Tensor, fragments: FragmentsT) -> Tensor:
+        """Blend ``image (N, C, H, W)`` across silhouettes (:mod:`lipflow.render.antialias`).
+
+        Args:
+            image: of these fragments.
+            fragments: of :meth:`rasterize`, whose corners and intrinsics get the gradients of what moves there.
+        """
+        ...
+
+
+def make_backend(name: BackendName, device: torch.device, faces: Tensor, face_uvs: Tensor) -> Backend[Any]:
+    """The backend of that name; ``auto`` takes ``cuda`` for tensors on a GPU if nvdiffrast works, else ``cpu``.
 
     Args:
         name: one of ``auto``, ``reference``, ``cpu``, ``cuda``.
@@ -75,31 +104,23 @@ def make_backend(name: BackendName, device: torch.device, faces: Tensor, face_uv
     Raises:
         ConfigError: no such backend, or one that cannot work here; the message says what to install.
     """
-    if name == "auto":
-        name = "cuda" if device.type == "cuda" and _cuda_works() else "cpu"
-    if name == "reference":
-        from lipflow.render.reference import ReferenceBackend
+    # The backends import this module.
+    from lipflow.render.cpu import CpuBackend
+    from lipflow.render.cuda import CudaBackend, CudaUnavailableError
+    from lipflow.render.reference import ReferenceBackend
+    from lipflow.render.software import SoftwareBackend
 
-        return ReferenceBackend(faces, face_uvs)
-    if name == "cpu":
-        from lipflow.render.cpu import CpuBackend
-
-        return CpuBackend(faces, face_uvs)
-    if name != "cuda":
+    if name not in ("auto", "reference", "cpu", "cuda"):
         raise ConfigError(f"backend {name!r}: expected auto, reference, cpu or cuda")
-    from lipflow.render.cuda import CudaBackend
-
-    backend = CudaBackend(faces, face_uvs)
-    if device.type != "cuda":
-        raise ConfigError(
-            f"backend 'cuda' cannot draw tensors on {str(device)!r}: move renderer and tensors to a CUDA device, or "
-            "take backend 'cpu'"
-        )
-    return backend
-
-
-def _cuda_works() -> bool:
-    return torch.cuda.is_available() and importlib.util.find_spec("nvdiffrast") is not None
+    if name == "cuda" or (name == "auto" and device.type == "cuda"):
+        try:
+            return CudaBackend(faces, face_uvs).prepared(device)
+        except CudaUnavailableError as error:
+            if name == "cuda":
+                raise
+            _LOG.warning("triangles on %s are drawn by the CPU: %s", device, error)
+    rasterizer = ReferenceBackend if name == "reference" else CpuBackend
+    return SoftwareBackend(rasterizer(faces, face_uvs), faces)
 
 
-__all__ = ["NEAR_MM", "Backend", "BackendName", "Fragments", "make_backend"]
+__all__ = ["NEAR_MM", "Backend", "BackendName", "Fragments", "FragmentsT", "make_backend"]

@@ -59,7 +59,7 @@ class CudaUnavailableError(ConfigError):
     """The CUDA backend cannot work here; the message says what to install."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class CudaFragments(Fragments):
     """What N views see at their pixels, with what antialiasing needs to know of it.
 
@@ -68,8 +68,8 @@ class CudaFragments(Fragments):
         clip: ``(N, V, 4)`` vertices in clip space.
     """
 
-    rast: Tensor = None  # type: ignore[assignment]  # a field after one with a default
-    clip: Tensor = None  # type: ignore[assignment]
+    rast: Tensor
+    clip: Tensor
 
 
 @dataclass
@@ -107,6 +107,21 @@ class CudaBackend:
         self._face_uvs = face_uvs
         self._dr = _nvdiffrast() if rasterizer is None else rasterizer
         self._on_device: dict[torch.device, _OnDevice] = {}
+
+    def prepared(self, device: torch.device) -> CudaBackend:
+        """This backend, ready to draw on ``device``: what cannot work fails here and not at the first picture.
+
+        Raises:
+            CudaUnavailableError: nvdiffrast cannot be compiled here.
+            ConfigError: no CUDA device.
+        """
+        if device.type != "cuda":
+            raise ConfigError(
+                f"backend 'cuda' cannot draw tensors on {str(device)!r}: move renderer and tensors to a CUDA device, "
+                "or take backend 'cpu'"
+            )
+        self._here(device)
+        return self
 
     def rasterize(
         self, corners: Tensor, intrinsics: Tensor, image_size_hw: tuple[int, int], *, derivatives: bool = False
@@ -205,10 +220,11 @@ class CudaBackend:
 
     def _here(self, device: torch.device) -> _OnDevice:
         if device not in self._on_device:
+            context = _context(self._dr, device)
             faces = self._faces.to(device)
             tri = faces.int().contiguous()
             self._on_device[device] = _OnDevice(
-                context=_context(self._dr, device),
+                context=context,
                 faces=faces,
                 tri=tri,
                 tri_own=torch.arange(tri.numel(), dtype=torch.int32, device=device).reshape(-1, 3),

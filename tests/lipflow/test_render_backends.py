@@ -119,7 +119,7 @@ def test_gradients_equal_finite_differences_in_float64(backend, what):
     }
 
     def draw(values):
-        renderer._backend.face_uvs = values["uv"]
+        renderer._backend = make_backend(backend, torch.device("cpu"), renderer.faces, values["uv"])
         views = CameraTensors(values["intrinsics"], values["pose"])
         return renderer.render(values["vertices"], values["texture"], views, size_hw)
 
