@@ -128,7 +128,7 @@ def _observe_headset(
     decoded = avatar.decode(z, views.cameras.view_vectors())
     luma = decoded.textures.new_tensor(GREY_OF_RGB)[:, None, None]
     grey = (decoded.textures * luma).sum(2, keepdim=True)
-    return _photometric(avatar, renderer, decoded.vertices, grey, views, solve_color=True, cutoff=config.headset_cutoff)
+    return _photometric(avatar, renderer, decoded.vertices, grey, views, config, solve_color=True, robust=True)
 
 
 def _observe_frontal(
@@ -141,7 +141,7 @@ def _observe_frontal(
     if camera_id is not None and trained:
         index = avatar.context.camera_ids.index(camera_id)
         textures = avatar.correct_color(textures, torch.full((len(z), 1), index, device=z.device))
-    return _photometric(avatar, renderer, decoded.vertices, textures, view, solve_color=not trained)
+    return _photometric(avatar, renderer, decoded.vertices, textures, view, config, solve_color=not trained)
 
 
 def _observe_keypoints(
@@ -163,16 +163,17 @@ def _photometric(
     vertices: Tensor,
     textures: Tensor,
     views: SeenViews,
+    config: FitConfig,
     *,
     solve_color: bool,
-    cutoff: float | None = None,
+    robust: bool = False,
 ) -> Tensor:
-    """``(B,)`` error of the rendered views; ``cutoff`` in standard deviations of each view, None for plain squares."""
+    """``(B,)`` error of the rendered views: squares, or ``robust`` beyond the headset's cutoff."""
     height, width = views.images.shape[-2:]
-    rendered = renderer.render(vertices, textures, views.cameras, (height, width))
+    rendered = renderer.render(vertices, textures, views.cameras, (height, width), antialias=config.antialias)
     weight = (rendered.weight * views.present[..., None, None]).detach()
     image, target = rendered.image, views.images.to(rendered.image.dtype)
-    limit = None if cutoff is None else cutoff**2 * _contrast(target, weight)
+    limit = config.headset_cutoff**2 * _contrast(target, weight) if robust else None
     if solve_color:
         gain, bias = _best_colors(image.detach(), target, weight, limit)
         image = image * gain[..., None, None] + bias[..., None, None]
