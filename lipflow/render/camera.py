@@ -106,8 +106,10 @@ def camera_corners(vertices: Tensor, cameras: CameraTensors) -> Tensor:
     views = cameras.cam_from_head.shape[1]
     poses = cameras.cam_from_head.flatten(1, 2).double()
     corners = torch.baddbmm(poses[..., 3:], poses[..., :3], vertices.double().transpose(1, 2))
-    corners = corners.to(torch.promote_types(vertices.dtype, cameras.cam_from_head.dtype))
-    corners = corners.unflatten(1, (views, 3)).transpose(2, 3).contiguous()
+    dtype = torch.promote_types(vertices.dtype, cameras.cam_from_head.dtype)
+    corners = corners.unflatten(1, (views, 3)).transpose(2, 3)
+    # One copy for both, rounding and order.
+    corners = corners.to(dtype, memory_format=torch.contiguous_format).contiguous()
     if cameras.distortion is None or not cameras.distortion.any():
         return corners
     radius = _valid_radii(cameras.distortion).to(corners)[..., None, None]

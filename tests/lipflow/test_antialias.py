@@ -247,7 +247,9 @@ def test_shapes_that_disagree_are_refused():
         antialias(image, ids, depth, pixels, vertex_depth[:1], faces, opposite_vertices(faces))
 
 
-@pytest.mark.parametrize("axes", [(1, 0), (0, 1), (0.6, -0.8)])
+@pytest.mark.parametrize(
+    "axes", [pytest.param((1, 0), marks=pytest.mark.slow), pytest.param((0, 1), marks=pytest.mark.slow), (0.6, -0.8)]
+)
 def test_silhouette_gradient_brings_a_mesh_from_8_px_off_to_its_target(axes):
     """Plain Adam on the squared difference of antialiased masks; no coarse levels."""
     points, faces = icosphere(3)
