@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lipflow.render.memory import empty
 from lipflow.render.parallel import row_bands, run_parallel
 
 
@@ -52,7 +53,7 @@ class _Bilinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, texture, uv, mask):
         ctx.save_for_backward(texture, uv, mask)
-        image = texture.new_empty(len(uv), texture.shape[1], *mask.shape[1:])
+        image = empty((len(uv), texture.shape[1], *mask.shape[1:]), texture.dtype)
         base, coordinates, seen, pixels = _arrays(texture.flatten(2), uv.flatten(2), mask, image)
         size, shared_by = texture.shape[-1], len(uv) // len(texture)
 
@@ -69,7 +70,7 @@ class _Bilinear(torch.autograd.Function):
         texture, uv, mask = ctx.saved_tensors
         size, shared_by = texture.shape[-1], len(uv) // len(texture)
         grad_texture = _gradient_of(texture, ctx.needs_input_grad[0])
-        grad_uv = torch.empty_like(uv, memory_format=torch.contiguous_format)
+        grad_uv = empty(uv.shape, uv.dtype)
         arrays = _arrays(
             texture.flatten(2), uv.flatten(2), mask, grad_image, grad_texture.flatten(2), grad_uv.flatten(2)
         )
@@ -172,7 +173,7 @@ def _mix(texels, corner, right, down, share, pixels):
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def _bilinear(base, size, uv, mask, image):
-    """Fill ``image (C, R, W)`` from ``base (C, T * T)`` where ``mask`` is not 0, at ``uv (R, 2 W)``, u and v in turn."""
+    """Fill ``image (C, R, W)`` from ``base (C, T * T)`` where ``mask`` is not 0; ``uv (R, 2 W)``: u and v in turn."""
     rows, width = mask.shape
     low, share, corner = np.empty(2 * width, np.int32), np.empty(2 * width, base.dtype), np.empty(width, np.uint32)
     right = min(size - 1, 1)
