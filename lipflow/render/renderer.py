@@ -18,7 +18,7 @@ from lipflow.render.antialias import antialias, opposite_vertices
 from lipflow.render.backend import NEAR_MM, Backend, BackendName, Fragments, make_backend
 from lipflow.render.camera import camera_corners
 from lipflow.render.cuda import CudaBackend, CudaFragments
-from lipflow.render.texture import sample_bilinear, sample_trilinear
+from lipflow.render.texture import sample_bilinear, sample_trilinear, sample_weighted
 from lipflow.types import CameraTensors, Topology
 
 
@@ -123,7 +123,7 @@ class Renderer:
         intrinsics = cameras.intrinsics.flatten(0, 1)
         fragments = backend.rasterize(corners, intrinsics, image_size_hw, derivatives=self._mip_maps)
         mask = fragments.triangle_id >= 0
-        image = self._look_up(texture.flatten(0, 1), fragments, mask)
+        image, weight = self._look_up(texture.flatten(0, 1), fragments, mask)
         if self._opposite is not None:
             if isinstance(backend, CudaBackend) and isinstance(fragments, CudaFragments):
                 image = backend.antialias(image, fragments)
@@ -132,7 +132,6 @@ class Renderer:
                 image = antialias(
                     image, fragments.triangle_id, fragments.depth, pixels, depth, self.faces, self._opposite
                 )
-        weight = self._weight(fragments, mask)
 
         def unflatten(tensor: Tensor) -> Tensor:
             return tensor.unflatten(0, (frames, views))
@@ -161,15 +160,18 @@ class Renderer:
             self._backend = self._make_backend()
         return self._backend
 
-    def _look_up(self, texture: Tensor, fragments: Fragments, mask: Tensor) -> Tensor:
-        """``(N, C, H, W)`` from ``(M, C, T, T)``, of which each serves N / M views in turn; 0 outside of the mask."""
+    def _look_up(self, texture: Tensor, fragments: Fragments, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """``(N, C, H, W)`` from ``(M, C, T, T)``, of which each serves N / M views in turn, and the weight
+        ``(N, H, W)``; 0 outside of the mask.
+        """
         uv, uv_da = fragments.uv, fragments.uv_da
         if isinstance(self._backend, CudaBackend):
-            return self._backend.sample(texture, uv, uv_da) * mask[:, None]
+            return self._backend.sample(texture, uv, uv_da) * mask[:, None], self._weight(fragments, mask)
         uv = uv.to(texture.dtype)
         if uv_da is None:
-            return sample_bilinear(texture, uv, mask)
-        return sample_trilinear(texture, uv, uv_da.to(texture.dtype), mask)
+            image, weight = sample_weighted(texture, self.weight_mask, uv, mask)
+            return image, weight.to(fragments.uv.dtype)
+        return sample_trilinear(texture, uv, uv_da.to(texture.dtype), mask), self._weight(fragments, mask)
 
     def _weight(self, fragments: Fragments, mask: Tensor) -> Tensor:
         uv = fragments.uv.detach()

@@ -29,6 +29,7 @@ from lipflow.render.texture_cpu import (
     max_mip_level,
     sample_bilinear_cpu,
     sample_trilinear_cpu,
+    sample_weighted_cpu,
 )
 
 
@@ -51,6 +52,28 @@ def sample_bilinear(texture: Tensor, uv: Tensor, mask: Tensor) -> Tensor:
     if texture.device.type == "cpu":
         return sample_bilinear_cpu(texture, uv, mask)
     return sample_bilinear_torch(texture, uv, mask)
+
+
+def sample_weighted(texture: Tensor, weight_mask: Tensor, uv: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`sample_bilinear`, and a weight mask looked up at the same coordinates: on the CPU in the same pass.
+
+    Args:
+        texture: ``(M, C, T, T)``.
+        weight_mask: ``(S, S)``, any S; it and its look-up have no gradient.
+        uv: ``(N, H, W, 2)``.
+        mask: ``(N, H, W)`` bool.
+
+    Returns:
+        ``(N, C, H, W)`` and ``(N, H, W)``, 0 outside the mask, in the texture's dtype.
+
+    Raises:
+        ValueError: the shapes disagree.
+    """
+    _check(texture, uv, None, mask)
+    if texture.device.type == "cpu":
+        return sample_weighted_cpu(texture, weight_mask, uv, mask)
+    weights = sample_bilinear_torch(weight_mask.to(texture.dtype)[None, None], uv.detach(), mask)
+    return sample_bilinear_torch(texture, uv, mask), weights[:, 0]
 
 
 def sample_trilinear(texture: Tensor, uv: Tensor, uv_da: Tensor, mask: Tensor) -> Tensor:

@@ -41,7 +41,12 @@ def level_table(texture_size: int) -> tuple[np.ndarray, np.ndarray]:
 
 def sample_bilinear_cpu(texture: Tensor, uv: Tensor, mask: Tensor) -> Tensor:
     """:func:`lipflow.render.texture.sample_bilinear` for CPU tensors."""
-    return _Bilinear.apply(texture, uv, mask)
+    return _Bilinear.apply(texture, None, uv, mask)[0]
+
+
+def sample_weighted_cpu(texture: Tensor, weight_mask: Tensor, uv: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`lipflow.render.texture.sample_weighted` for CPU tensors, in one pass."""
+    return _Bilinear.apply(texture, weight_mask.to(texture.dtype), uv, mask)
 
 
 def sample_trilinear_cpu(texture: Tensor, uv: Tensor, uv_da: Tensor, mask: Tensor) -> Tensor:
@@ -51,22 +56,29 @@ def sample_trilinear_cpu(texture: Tensor, uv: Tensor, uv_da: Tensor, mask: Tenso
 
 class _Bilinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, texture, uv, mask):
+    def forward(ctx, texture, weight_mask, uv, mask):
         ctx.save_for_backward(texture, uv, mask)
         image = empty((len(uv), texture.shape[1], *mask.shape[1:]), texture.dtype)
-        base, coordinates, seen, pixels = _arrays(texture.flatten(2), uv.flatten(2), mask, image)
+        weights = texture.new_empty(0, 0) if weight_mask is None else weight_mask.contiguous()
+        weight = empty((len(uv), *(mask.shape[1:] if len(weights) else (0, 0))), texture.dtype)
+        ctx.mark_non_differentiable(weight)
+        arrays = _arrays(texture.flatten(2), uv.flatten(2), mask, image, weights.flatten(), weight)
+        base, coordinates, seen, pixels, weights, weight_pixels = arrays
         size, shared_by = texture.shape[-1], len(uv) // len(texture)
+        weights_size = 0 if weight_mask is None else len(weight_mask)
 
         def draw(view: int, begin: int, stop: int) -> None:
             rows = slice(begin, stop)
-            _bilinear(base[view // shared_by], size, coordinates[view, rows], seen[view, rows], pixels[view, :, rows])
+            textures = (base[view // shared_by], size, weights, weights_size)
+            outputs = (pixels[view, :, rows], weight_pixels[view, rows])
+            _bilinear(*textures, coordinates[view, rows], seen[view, rows], *outputs)
 
         run_parallel(partial(draw, *band) for band in row_bands(*mask.shape[:2]))
-        return image
+        return image, weight
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_image):
+    def backward(ctx, grad_image, _grad_weight):
         texture, uv, mask = ctx.saved_tensors
         size, shared_by = texture.shape[-1], len(uv) // len(texture)
         grad_texture = _gradient_of(texture, ctx.needs_input_grad[0])
@@ -83,7 +95,7 @@ class _Bilinear(torch.autograd.Function):
                 _bilinear_backward(*arguments, grad_base[owner], grad_coordinates[view])
 
         run_parallel(partial(spread, owner) for owner in range(len(base)))
-        return grad_texture if ctx.needs_input_grad[0] else None, grad_uv, None
+        return grad_texture if ctx.needs_input_grad[0] else None, None, grad_uv, None
 
 
 class _Trilinear(torch.autograd.Function):
@@ -172,25 +184,42 @@ def _mix(texels, corner, right, down, share, pixels):
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def _bilinear(base, size, uv, mask, image):
-    """Fill ``image (C, R, W)`` from ``base (C, T * T)`` where ``mask`` is not 0; ``uv (R, 2 W)``: u and v in turn."""
+def _bilinear(base, size, weights, weights_size, uv, mask, image, weight):
+    """Fill a band of ``R`` rows where ``mask`` is not 0, and write zeros elsewhere.
+
+    ``image (C, R, W)`` is filled from ``base (C, size * size)`` and, unless ``weights_size`` is 0, ``weight (R, W)``
+    from ``weights (weights_size * weights_size)``, both at ``uv (R, 2 W)``: u and v in turn.
+    """
     rows, width = mask.shape
     low, share, corner = np.empty(2 * width, np.int32), np.empty(2 * width, base.dtype), np.empty(width, np.uint32)
-    right = min(size - 1, 1)
     for row in range(rows):
         begin = 0
         while begin < width:
             stop = _run_end(mask[row], begin)
             if mask[row, begin]:
-                _place(uv[row, 2 * begin : 2 * stop], size, low, share)
-                for index in range(stop - begin):
-                    corner[index] = low[2 * index + 1] * size + low[2 * index]
+                coordinates = uv[row, 2 * begin : 2 * stop]
+                right, down = _corners(coordinates, size, low, share, corner)
                 for channel in range(base.shape[0]):
-                    _mix(base[channel], corner, right, right * size, share, image[channel, row, begin:stop])
+                    _mix(base[channel], corner, right, down, share, image[channel, row, begin:stop])
+                if weights_size > 0:
+                    right, down = _corners(coordinates, weights_size, low, share, corner)
+                    _mix(weights, corner, right, down, share, weight[row, begin:stop])
             else:
                 for channel in range(base.shape[0]):
                     image[channel, row, begin:stop] = 0.0
+                if weights_size > 0:
+                    weight[row, begin:stop] = 0.0
             begin = stop
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _corners(coordinates, size, low, share, corner):
+    """The first of the four texels around each point of a run; how far it is to the next to the right and below."""
+    _place(coordinates, size, low, share)
+    for index in range(coordinates.shape[0] // 2):
+        corner[index] = low[2 * index + 1] * size + low[2 * index]
+    right = min(size - 1, 1)
+    return right, right * size
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
