@@ -223,43 +223,59 @@ def _corners(coordinates, size, low, share, corner):
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
+def _slopes(texels, corner, right, down, share, grad, slopes):
+    """Add what one channel of a run contributes to the gradients of its places, ``slopes``, by texel."""
+    one = share.dtype.type(1)
+    for index in range(grad.shape[0]):
+        first = np.int64(corner[index])
+        across, below = share[2 * index], share[2 * index + 1]
+        t00, t01 = texels[first], texels[first + right]
+        t10, t11 = texels[first + down], texels[first + down + right]
+        slopes[2 * index] += grad[index] * ((t01 - t00) * (one - below) + (t11 - t10) * below)
+        slopes[2 * index + 1] += grad[index] * ((t10 - t00) * (one - across) + (t11 - t01) * across)
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _spread(texels, corner, right, down, share, grad):
+    """Add what one channel of a run contributes to the gradients of the texels."""
+    one = share.dtype.type(1)
+    for index in range(grad.shape[0]):
+        first = np.int64(corner[index])
+        across, below = share[2 * index], share[2 * index + 1]
+        upper, lower = grad[index] * (one - below), grad[index] * below
+        texels[first] += upper * (one - across)
+        texels[first + right] += upper * across
+        texels[first + down] += lower * (one - across)
+        texels[first + down + right] += lower * across
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
 def _bilinear_backward(base, size, uv, mask, grad_image, grad_base, grad_uv):
-    """Fill ``grad_uv (R, 2 W)`` and, unless it is empty, add to ``grad_base (C, T * T)``."""
+    """Fill ``grad_uv (R, 2 W)`` and, unless it is empty, add to ``grad_base (C, size * size)``."""
     rows, width = mask.shape
-    low, share = np.empty(2 * width, np.int32), np.empty(2 * width)
-    right = min(size - 1, 1)
-    down = right * size
-    spread, last = grad_base.shape[1] > 0, size - 1.0
+    low, share, corner = np.empty(2 * width, np.int32), np.empty(2 * width, base.dtype), np.empty(width, np.uint32)
+    slopes = np.empty(2 * width, base.dtype)
+    wanted, last = grad_base.shape[1] > 0, size - 1.0
     for row in range(rows):
         begin = 0
         while begin < width:
             stop = _run_end(mask[row], begin)
-            if not mask[row, begin]:
-                grad_uv[row, 2 * begin : 2 * stop] = 0.0
-                begin = stop
-                continue
-            _place(uv[row, 2 * begin : 2 * stop], size, low, share)
-            for index in range(stop - begin):
-                column = begin + index
-                first = np.int64(low[2 * index + 1]) * size + low[2 * index]
-                across, below = share[2 * index], share[2 * index + 1]
-                grad_u, grad_v = 0.0, 0.0
+            target = grad_uv[row, 2 * begin : 2 * stop]
+            if mask[row, begin]:
+                coordinates = uv[row, 2 * begin : 2 * stop]
+                right, down = _corners(coordinates, size, low, share, corner)
+                slopes[: len(target)] = 0.0
                 for channel in range(base.shape[0]):
-                    grad = np.float64(grad_image[channel, row, column])
-                    t00, t01 = np.float64(base[channel, first]), np.float64(base[channel, first + right])
-                    t10, t11 = np.float64(base[channel, first + down]), np.float64(base[channel, first + down + right])
-                    grad_u += grad * ((1.0 - below) * (t01 - t00) + below * (t11 - t10))
-                    grad_v += grad * ((1.0 - across) * (t10 - t00) + across * (t11 - t01))
-                    if spread:
-                        upper, lower = grad * (1.0 - below), grad * below
-                        grad_base[channel, first] += upper * (1.0 - across)
-                        grad_base[channel, first + right] += upper * across
-                        grad_base[channel, first + down] += lower * (1.0 - across)
-                        grad_base[channel, first + down + right] += lower * across
-                # On the clamped border the texels do not change with the coordinate.
-                u, v = np.float64(uv[row, 2 * column]) * size - 0.5, np.float64(uv[row, 2 * column + 1]) * size - 0.5
-                grad_uv[row, 2 * column] = grad_u * size if 0.0 < u < last else 0.0
-                grad_uv[row, 2 * column + 1] = grad_v * size if 0.0 < v < last else 0.0
+                    grad = grad_image[channel, row, begin:stop]
+                    _slopes(base[channel], corner, right, down, share, grad, slopes)
+                    if wanted:
+                        _spread(grad_base[channel], corner, right, down, share, grad)
+                for index in range(len(target)):
+                    # On the clamped border the texels do not change with the coordinate.
+                    position = np.float64(coordinates[index]) * size - 0.5
+                    target[index] = slopes[index] * size if 0.0 < position < last else 0.0
+            else:
+                target[:] = 0.0
             begin = stop
 
 
