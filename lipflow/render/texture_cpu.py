@@ -176,7 +176,7 @@ def _mix(texels, corner, right, down, share, pixels):
     """One channel of a run."""
     one = share.dtype.type(1)
     for index in range(pixels.shape[0]):
-        first = np.int64(corner[index])
+        first = np.uint64(corner[index])
         across, below = share[2 * index], share[2 * index + 1]
         upper = texels[first] * (one - across) + texels[first + right] * across
         lower = texels[first + down] * (one - across) + texels[first + down + right] * across
@@ -214,12 +214,15 @@ def _bilinear(base, size, weights, weights_size, uv, mask, image, weight):
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def _corners(coordinates, size, low, share, corner):
-    """The first of the four texels around each point of a run; how far it is to the next to the right and below."""
+    """The first of the four texels around each point of a run; how far it is to the next to the right and below.
+
+    Unsigned: numba looks at the sign of any other index, to count negative ones from the end.
+    """
     _place(coordinates, size, low, share)
     for index in range(coordinates.shape[0] // 2):
         corner[index] = low[2 * index + 1] * size + low[2 * index]
     right = min(size - 1, 1)
-    return right, right * size
+    return np.uint64(right), np.uint64(right * size)
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
@@ -227,7 +230,7 @@ def _slopes(texels, corner, right, down, share, grad, slopes):
     """Add what one channel of a run contributes to the gradients of its places, ``slopes``, by texel."""
     one = share.dtype.type(1)
     for index in range(grad.shape[0]):
-        first = np.int64(corner[index])
+        first = np.uint64(corner[index])
         across, below = share[2 * index], share[2 * index + 1]
         t00, t01 = texels[first], texels[first + right]
         t10, t11 = texels[first + down], texels[first + down + right]
@@ -240,7 +243,7 @@ def _spread(texels, corner, right, down, share, grad):
     """Add what one channel of a run contributes to the gradients of the texels."""
     one = share.dtype.type(1)
     for index in range(grad.shape[0]):
-        first = np.int64(corner[index])
+        first = np.uint64(corner[index])
         across, below = share[2 * index], share[2 * index + 1]
         upper, lower = grad[index] * (one - below), grad[index] * below
         texels[first] += upper * (one - across)
