@@ -82,6 +82,15 @@ class Backend(Protocol[FragmentsT]):
         """
         ...
 
+    def sample_weighted(
+        self, texture: Tensor, weight_mask: Tensor, uv: Tensor, mask: Tensor, uv_da: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`sample`, and ``(N, H, W)`` a weight mask ``(S, S)`` looked up bilinearly at the same places.
+
+        The weight has no gradient, and is 0 outside the mask.
+        """
+        ...
+
     def antialias(self, image: Tensor, fragments: FragmentsT) -> Tensor:
         """Blend ``image (N, C, H, W)`` across silhouettes (:mod:`lipflow.render.antialias`).
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lipflow.render.backend import NEAR_MM, Fragments
 from lipflow.render.interpolate import interpolate_cpu
+from lipflow.render.memory import empty
 from lipflow.render.parallel import row_bands, run_parallel
 from lipflow.render.reference import interpolate
 from lipflow.render.visibility import draw_rows, set_up_view
@@ -38,10 +39,12 @@ class CpuBackend:
         self, corners: Tensor, intrinsics: Tensor, image_size_hw: tuple[int, int], *, derivatives: bool = False
     ) -> Fragments:
         """Rasterise N views; see :class:`lipflow.render.backend.Backend`."""
-        ids, _ = find_visible(
-            corners.detach().cpu().numpy(), self._faces, intrinsics.detach().cpu().numpy(), image_size_hw
+        views, (height, width) = len(corners), image_size_hw
+        triangle_id = empty((views, height, width), torch.int32)
+        find_visible(
+            corners.detach().cpu().numpy(), self._faces, intrinsics.detach().cpu().numpy(), triangle_id.numpy()
         )
-        triangle_id = torch.from_numpy(ids).to(corners.device)
+        triangle_id = triangle_id.to(corners.device)
         function = interpolate_cpu if corners.device.type == "cpu" else interpolate
         uv, depth, uv_da = function(
             corners, intrinsics, triangle_id, self.faces, self.face_uvs, derivatives=derivatives
@@ -53,31 +56,30 @@ def find_visible(
     corners: np.ndarray,
     faces: np.ndarray,
     intrinsics: np.ndarray,
-    image_size_hw: tuple[int, int],
+    triangle_id: np.ndarray,
+    nearness: np.ndarray | None = None,
     near: float = NEAR_MM,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> None:
     """Draw N views.
 
     Args:
         corners: ``(N, V, 3)`` camera-space vertices, mm, float32 or float64.
         faces: ``(F, 3)`` int64, counter-clockwise from outside; back faces are culled.
-        intrinsics: ``(N, 3, 3)`` K in pixels of ``image_size_hw``.
-        image_size_hw: (height, width) in pixels.
+        intrinsics: ``(N, 3, 3)`` K in pixels of the image.
+        triangle_id: output ``(N, H, W)`` int32, -1 where nothing is seen.
+        nearness: output ``(N, H, W)`` float64, 1 / depth in 1 / mm, 0 where nothing is seen. If None, each task has
+            one of its own while it draws: no view's memory is touched that nobody reads.
         near: smallest depth drawn, mm.
-
-    Returns:
-        Triangle ids ``(N, H, W)`` int32, -1 where nothing is seen, and inverse depths ``(N, H, W)`` float64, 1 / mm,
-        0 where nothing is seen.
     """
-    views, (height, width) = corners.shape[0], image_size_hw
+    views, height, width = triangle_id.shape
     corners, faces, intrinsics = map(np.ascontiguousarray, (corners, faces, intrinsics))
-    triangle_id, nearness = np.empty((views, height, width), np.int32), np.empty((views, height, width))
 
     def set_up(view: int):
         return set_up_view(corners[view], faces, intrinsics[view], near, height, width)
 
     def draw(triangles, view: int, begin: int, stop: int) -> None:
-        draw_rows(triangles, near, begin, triangle_id[view, begin:stop], nearness[view, begin:stop])
+        depths = np.empty((stop - begin, width)) if nearness is None else nearness[view, begin:stop]
+        draw_rows(triangles, near, begin, triangle_id[view, begin:stop], depths)
 
     def draw_view(view: int) -> None:
         draw(set_up(view), view, 0, height)
@@ -88,14 +90,17 @@ def find_visible(
     else:
         triangles = run_parallel(partial(set_up, view) for view in range(views))
         run_parallel(partial(draw, triangles[view], view, begin, stop) for view, begin, stop in bands)
-    return triangle_id, nearness
 
 
 def rasterize(
     corners: np.ndarray, faces: np.ndarray, intrinsics: np.ndarray, image_size_hw: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """As :func:`find_visible`, with depths ``(N, H, W)`` float64 in mm instead, infinite where nothing is seen."""
-    triangle_id, nearness = find_visible(corners, faces, intrinsics, image_size_hw)
+    """Triangle ids ``(N, H, W)`` int32 as :func:`find_visible` finds them, and depths ``(N, H, W)`` float64 in mm,
+    infinite where nothing is seen.
+    """
+    shape = (len(corners), *image_size_hw)
+    triangle_id, nearness = np.empty(shape, np.int32), np.empty(shape)
+    find_visible(corners, faces, intrinsics, triangle_id, nearness)
     with np.errstate(divide="ignore"):
         return triangle_id, np.divide(1.0, nearness, out=nearness)
 

@@ -40,7 +40,7 @@ from torch import Tensor
 
 from lipflow.errors import ConfigError
 from lipflow.render.backend import NEAR_MM, Fragments
-from lipflow.render.texture import max_mip_level
+from lipflow.render.texture import max_mip_level, sample_weight
 
 MAX_TRIANGLES = 2**24
 """Ids are stored as float32, which counts no further without gaps."""
@@ -202,6 +202,12 @@ class CudaBackend:
             }
         colours = self._dr.texture(texels, uv.float().reshape(*rows, width, 2).contiguous(), **options)
         return colours.reshape(views, height, width, -1).permute(0, 3, 1, 2) * mask[:, None]
+
+    def sample_weighted(
+        self, texture: Tensor, weight_mask: Tensor, uv: Tensor, mask: Tensor, uv_da: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Image and weight; see :class:`lipflow.render.backend.Backend`."""
+        return self.sample(texture, uv, mask, uv_da), sample_weight(weight_mask, uv, mask)
 
     def antialias(self, image: Tensor, fragments: CudaFragments) -> Tensor:
         """Blend pixels across silhouette edges, so that vertices get gradients from what moves there.

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lipflow.render.memory import empty
 from lipflow.render.parallel import row_bands, run_parallel
 
 _PLANES = 12
@@ -60,8 +61,8 @@ class _Interpolate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, corners, intrinsics, triangle_id, faces, face_uvs, derivatives):
         shape = triangle_id.shape
-        uv, depth = corners.new_empty(*shape, 2), corners.new_empty(shape)
-        uv_da = corners.new_empty(*shape, 2, 2) if derivatives else corners.new_empty(*shape[:1], 0, 0, 2, 2)
+        uv, depth = empty((*shape, 2), corners.dtype), empty(shape, corners.dtype)
+        uv_da = empty((*(shape if derivatives else (shape[0], 0, 0)), 2, 2), corners.dtype)
         ctx.save_for_backward(corners, intrinsics, triangle_id, faces, face_uvs)
         ctx.derivatives = derivatives
         meshes, cameras, ids, faces, texture = _arrays(corners, intrinsics, triangle_id, faces, face_uvs)

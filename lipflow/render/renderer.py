@@ -16,7 +16,7 @@ from torch import Tensor
 from lipflow.errors import ConfigError
 from lipflow.render.backend import Backend, BackendName, Fragments, make_backend
 from lipflow.render.camera import camera_corners
-from lipflow.render.texture import sample_bilinear
+from lipflow.render.texture import sample_weight
 from lipflow.types import CameraTensors, Topology
 
 
@@ -127,12 +127,13 @@ class Renderer:
             )
         with torch.autocast(vertices.device.type, enabled=False):
             fragments, mask = self._seen(vertices, cameras, image_size_hw, derivatives=self._mip_maps)
-            image = self._ready().sample(texture.flatten(0, 1), fragments.uv, mask, fragments.uv_da)
+            image, weight = self._ready().sample_weighted(
+                texture.flatten(0, 1), self.weight_mask, fragments.uv, mask, fragments.uv_da
+            )
             coverage = mask.to(image.dtype)
             if antialias:
                 blended = self._ready().antialias(torch.cat([image, coverage[:, None]], 1), fragments)
                 image, coverage = blended[:, :-1], blended[:, -1]
-            weight = self._weight(fragments, mask)
 
         def unflatten(tensor: Tensor) -> Tensor:
             return tensor.unflatten(0, (frames, views))
@@ -143,7 +144,8 @@ class Renderer:
     def render_mask(self, vertices: Tensor, cameras: CameraTensors, image_size_hw: tuple[int, int]) -> Tensor:
         """The ``weight`` of :meth:`render` alone, ``(B, K, H, W)``, for callers that need no image; no gradient."""
         with torch.no_grad(), torch.autocast(vertices.device.type, enabled=False):
-            weight = self._weight(*self._seen(vertices, cameras, image_size_hw))
+            fragments, mask = self._seen(vertices, cameras, image_size_hw)
+            weight = sample_weight(self.weight_mask, fragments.uv, mask)
         return weight.unflatten(0, cameras.intrinsics.shape[:2])
 
     def _seen(
@@ -163,10 +165,6 @@ class Renderer:
         if self._backend is None:
             self._backend = self._make_backend()
         return self._backend
-
-    def _weight(self, fragments: Fragments, mask: Tensor) -> Tensor:
-        uv = fragments.uv.detach()
-        return sample_bilinear(self.weight_mask[None, None].to(uv.dtype), uv, mask)[:, 0]
 
     def _make_backend(self) -> Backend[Any]:
         return make_backend(self._backend_name, self.faces.device, self.faces, self.face_uvs)

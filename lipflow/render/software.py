@@ -14,7 +14,7 @@ from torch import Tensor
 from lipflow.render.antialias import antialias, opposite_vertices
 from lipflow.render.backend import NEAR_MM, Fragments
 from lipflow.render.camera import image_points
-from lipflow.render.texture import sample_bilinear, sample_trilinear
+from lipflow.render.texture import sample_bilinear, sample_trilinear, sample_weight, sample_weighted
 
 
 class Rasterizer(Protocol):
@@ -68,6 +68,16 @@ class SoftwareBackend:
         if uv_da is None:
             return sample_bilinear(texture, uv.to(texture.dtype), mask)
         return sample_trilinear(texture, uv.to(texture.dtype), uv_da.to(texture.dtype), mask)
+
+    def sample_weighted(
+        self, texture: Tensor, weight_mask: Tensor, uv: Tensor, mask: Tensor, uv_da: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Image and weight; see :class:`lipflow.render.backend.Backend`."""
+        if uv_da is not None:
+            return self.sample(texture, uv, mask, uv_da), sample_weight(weight_mask, uv, mask)
+        texture = texture.to(torch.promote_types(texture.dtype, torch.float32))
+        image, weight = sample_weighted(texture, weight_mask, uv.to(texture.dtype), mask)
+        return image, weight.to(uv.dtype)
 
     def antialias(self, image: Tensor, fragments: SoftwareFragments) -> Tensor:
         """Blend pixels across silhouettes; see :class:`lipflow.render.backend.Backend`."""

@@ -14,19 +14,23 @@ linearly. A coarser level is the mean of 2 x 2 texels. nvdiffrast refuses textur
 1; here the chain ends at the last even side, which is nvdiffrast's with ``max_mip_level=max_mip_level(T)``. Where the
 level has no derivative (a round footprint, ``r = 0``) or is clamped, its gradient is 0, as there.
 
-Two implementations give the same numbers: plain torch, for any device and precision, and fused kernels for the CPU.
+Two implementations give the same numbers: plain torch, for any device and precision, and fused kernels for the CPU
+(:mod:`lipflow.render.texture_cpu`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-
-import numba
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
+
+from lipflow.render.texture_cpu import (
+    coarse_levels,
+    level_table,
+    max_mip_level,
+    sample_bilinear_cpu,
+    sample_trilinear_cpu,
+    sample_weighted_cpu,
+)
 
 
 def sample_bilinear(texture: Tensor, uv: Tensor, mask: Tensor) -> Tensor:
@@ -50,6 +54,34 @@ def sample_bilinear(texture: Tensor, uv: Tensor, mask: Tensor) -> Tensor:
     return sample_bilinear_torch(texture, uv, mask)
 
 
+def sample_weighted(texture: Tensor, weight_mask: Tensor, uv: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`sample_bilinear`, and a weight mask looked up at the same coordinates: on the CPU in the same pass.
+
+    Args:
+        texture: ``(M, C, T, T)``.
+        weight_mask: ``(S, S)``, any S; it and its look-up have no gradient.
+        uv: ``(N, H, W, 2)``.
+        mask: ``(N, H, W)`` bool.
+
+    Returns:
+        ``(N, C, H, W)`` and ``(N, H, W)``, 0 outside the mask, in the texture's dtype.
+
+    Raises:
+        ValueError: the shapes disagree.
+    """
+    _check(texture, uv, None, mask)
+    if texture.device.type == "cpu":
+        return sample_weighted_cpu(texture, weight_mask, uv, mask)
+    weights = sample_bilinear_torch(weight_mask.to(texture.dtype)[None, None], uv.detach(), mask)
+    return sample_bilinear_torch(texture, uv, mask), weights[:, 0]
+
+
+def sample_weight(weight_mask: Tensor, uv: Tensor, mask: Tensor) -> Tensor:
+    """``(N, H, W)`` of a weight mask ``(S, S)`` at ``uv (N, H, W, 2)``, bilinear, 0 outside the mask; no gradient."""
+    uv = uv.detach()
+    return sample_bilinear(weight_mask[None, None].to(uv.dtype), uv, mask)[:, 0]
+
+
 def sample_trilinear(texture: Tensor, uv: Tensor, uv_da: Tensor, mask: Tensor) -> Tensor:
     """Mip-mapped texture look-up, differentiable in texture, coordinates and their derivatives.
 
@@ -69,20 +101,6 @@ def sample_trilinear(texture: Tensor, uv: Tensor, uv_da: Tensor, mask: Tensor) -
     if texture.device.type == "cpu":
         return sample_trilinear_cpu(texture, uv, uv_da, mask)
     return sample_trilinear_torch(texture, uv, uv_da, mask)
-
-
-def max_mip_level(texture_size: int) -> int:
-    """How often a side of ``texture_size`` texels can be halved: 10 for 1024, 2 for 12."""
-    return (texture_size & -texture_size).bit_length() - 1
-
-
-def coarse_levels(texture: Tensor) -> Tensor:
-    """Mip levels 1, 2, ... of ``(M, C, T, T)``, one after the other, each row by row: ``(M, C, S)``."""
-    levels, level = [texture.new_zeros(*texture.shape[:2], 0)], texture
-    for _ in range(max_mip_level(texture.shape[-1])):
-        level = functional.avg_pool2d(level, 2)
-        levels.append(level.flatten(2))
-    return torch.cat(levels, dim=2)
 
 
 def sample_bilinear_torch(texture: Tensor, uv: Tensor, mask: Tensor) -> Tensor:
@@ -127,7 +145,7 @@ def level_of_detail(uv_da: Tensor, texture_size: int) -> Tensor:
 
 def _fetch(texels: Tensor, texture_size: int, owner: Tensor, level: Tensor, uv: Tensor) -> Tensor:
     """Bilinear look-up of P points in one mip level each: ``(P, C)``; ``texels`` holds all levels, ``(M, C, S)``."""
-    sizes, offsets = (torch.from_numpy(table).to(uv.device) for table in _level_table(texture_size))
+    sizes, offsets = (torch.from_numpy(table).to(uv.device) for table in level_table(texture_size))
     size, offset = sizes[level], offsets[level]
     position = uv.to(texels.dtype) * size[:, None] - 0.5
     last = (size - 1)[:, None].to(position.dtype)
@@ -153,85 +171,6 @@ def _scattered(seen: Tensor, place: tuple[Tensor, ...], mask: Tensor) -> Tensor:
     return image.permute(0, 3, 1, 2)
 
 
-def _level_table(texture_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sides of the mip levels, and where each starts when all are laid out one after the other."""
-    sizes = texture_size // 2 ** np.arange(max_mip_level(texture_size) + 1)
-    return sizes, np.concatenate([[0], np.cumsum(sizes**2)[:-1]])
-
-
-def sample_bilinear_cpu(texture: Tensor, uv: Tensor, mask: Tensor) -> Tensor:
-    """:func:`sample_bilinear` for CPU tensors, fused; coordinates and weights are computed in float64."""
-    return _Sample.apply(texture, texture.new_zeros(*texture.shape[:2], 0), uv, uv.new_zeros(len(uv), 0, 0, 2, 2), mask)
-
-
-def sample_trilinear_cpu(texture: Tensor, uv: Tensor, uv_da: Tensor, mask: Tensor) -> Tensor:
-    """:func:`sample_trilinear` for CPU tensors, fused; coordinates and weights are computed in float64."""
-    return _Sample.apply(texture, coarse_levels(texture), uv, uv_da, mask)
-
-
-class _Sample(torch.autograd.Function):
-    """Both look-ups; the bilinear one has an empty ``uv_da`` and no coarse levels."""
-
-    @staticmethod
-    def forward(ctx, texture, coarse, uv, uv_da, mask):
-        image = texture.new_zeros(len(uv), texture.shape[1], *uv.shape[1:3])
-        ctx.save_for_backward(texture, coarse, uv, uv_da, mask)
-        base, coarse, uv, uv_da, mask, pixels = _arrays(texture.flatten(2), coarse, uv, uv_da, mask, image)
-        sizes, offsets = _level_table(texture.shape[-1])
-        shared_by = len(uv) // len(base)
-        height = uv.shape[1]
-        band = -(-height // max(1, -(-torch.get_num_threads() // len(uv))))
-
-        def draw(view: int, first: int) -> None:
-            rows = slice(first, min(first + band, height))
-            derivatives = uv_da[view, rows] if uv_da.size else uv_da[view]
-            owner = view // shared_by
-            arguments = (base[owner], coarse[owner], sizes, offsets, uv[view, rows], derivatives, mask[view, rows])
-            _forward(*arguments, pixels[view, :, rows])
-
-        _in_threads(draw, ((view, first) for view in range(len(uv)) for first in range(0, height, band)))
-        return image
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_image):
-        texture, coarse, uv, uv_da, mask = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        # Empty where no gradient is wanted: the zeros alone would cost as much as a look-up.
-        grads = [torch.zeros_like(t) if wanted else t.new_zeros(len(t), t.shape[1], 0, 0) for t in (texture,)]
-        grads += [torch.zeros_like(coarse), torch.zeros_like(uv), torch.zeros_like(uv_da)]
-        arrays = _arrays(texture.flatten(2), coarse, uv, uv_da, mask, grad_image, grads[0].flatten(2), *grads[1:])
-        base, coarse, uv, uv_da, mask, grad_image, grad_base, grad_coarse, grad_uv, grad_uv_da = arrays
-        sizes, offsets = _level_table(texture.shape[-1])
-        shared_by = len(uv) // len(base)
-
-        def spread(owner: int) -> None:
-            # The views of one texture add to the same gradient: one after the other.
-            for view in range(owner * shared_by, (owner + 1) * shared_by):
-                arguments = (base[owner], coarse[owner], sizes, offsets, uv[view], uv_da[view], mask[view])
-                targets = (grad_base[owner], grad_coarse[owner], grad_uv[view], grad_uv_da[view])
-                _backward(*arguments, grad_image[view], *targets)
-
-        _in_threads(spread, ((owner,) for owner in range(len(base))))
-        return (*(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)), None)
-
-
-def _arrays(*tensors: Tensor) -> list[np.ndarray]:
-    return [tensor.detach().contiguous().numpy() for tensor in tensors]
-
-
-def _in_threads(function: Callable[..., None], jobs: Iterable[tuple[int, ...]]) -> None:
-    """Call ``function(*job)`` for every job, on as many threads as torch may use; the kernels release the GIL."""
-    jobs, threads = list(jobs), torch.get_num_threads()
-    if threads == 1 or len(jobs) == 1:
-        for job in jobs:
-            function(*job)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        for done in [pool.submit(function, *job) for job in jobs]:
-            done.result()
-
-
 def _check(texture: Tensor, uv: Tensor, uv_da: Tensor | None, mask: Tensor) -> None:
     views = uv.shape[:3]
     fits = texture.ndim == 4 and texture.shape[-1] == texture.shape[-2] and len(texture) > 0
@@ -243,122 +182,3 @@ def _check(texture: Tensor, uv: Tensor, uv_da: Tensor | None, mask: Tensor) -> N
             f"texture {tuple(texture.shape)}, uv {tuple(uv.shape)}{derivatives} and mask {tuple(mask.shape)} disagree: "
             "expected (M, C, T, T), (N, H, W, 2), (N, H, W, 2, 2) and (N, H, W) with N a multiple of M"
         )
-
-
-@numba.njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def _neighbours(coordinate, size):
-    """The two texels beside a coordinate along one axis and the second one's share."""
-    position = coordinate * size - 0.5
-    if not position > 0.0:  # also where it is not a number
-        return 0, 0, 0.0
-    if position >= size - 1.0:
-        return size - 1, size - 1, 0.0
-    low = int(position)
-    return low, low + 1, position - low
-
-
-@numba.njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def _footprint(uv_da, size):
-    """``s_x, s_y, t_x, t_y``, (A - B) / 2, C, r and major^2 of the module's head."""
-    sx, sy = np.float64(uv_da[0, 0]) * size, np.float64(uv_da[0, 1]) * size
-    tx, ty = np.float64(uv_da[1, 0]) * size, np.float64(uv_da[1, 1]) * size
-    a, b, c = sx * sx + tx * tx, sy * sy + ty * ty, sx * sy + tx * ty
-    difference = 0.5 * (a - b)
-    radius = np.sqrt(difference * difference + c * c)
-    return sx, sy, tx, ty, difference, c, radius, 0.5 * (a + b) + radius
-
-
-@numba.njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def _levels(major, last):
-    """The finer level, the coarser one and the coarser one's share."""
-    if not major > 1.0:  # magnified, or not a number
-        return 0, 0, 0.0
-    level = 0.5 * np.log2(major)
-    if level >= last:
-        return last, last, 0.0
-    low = int(level)
-    return low, low + 1, level - low
-
-
-@numba.njit(nogil=True, cache=True, error_model="numpy")
-def _forward(base, coarse, sizes, offsets, uv, uv_da, mask, image):
-    trilinear = uv_da.shape[0] > 0
-    for row in range(mask.shape[0]):
-        for column in range(mask.shape[1]):
-            if not mask[row, column]:
-                continue
-            fine, rough, share = 0, 0, 0.0
-            if trilinear:
-                footprint = _footprint(uv_da[row, column], sizes[0])
-                fine, rough, share = _levels(footprint[7], sizes.shape[0] - 1)
-            u, v = np.float64(uv[row, column, 0]), np.float64(uv[row, column, 1])
-            for level, part in ((fine, 1.0 - share), (rough, share)):
-                if part == 0.0:
-                    continue
-                size = sizes[level]
-                left, right, across = _neighbours(u, size)
-                top, bottom, down = _neighbours(v, size)
-                texels = base if level == 0 else coarse
-                start = 0 if level == 0 else offsets[level] - offsets[1]
-                upper, lower = start + top * size, start + bottom * size
-                w00, w01 = part * (1.0 - across) * (1.0 - down), part * across * (1.0 - down)
-                w10, w11 = part * (1.0 - across) * down, part * across * down
-                for channel in range(base.shape[0]):
-                    image[channel, row, column] += (
-                        w00 * texels[channel, upper + left]
-                        + w01 * texels[channel, upper + right]
-                        + w10 * texels[channel, lower + left]
-                        + w11 * texels[channel, lower + right]
-                    )
-
-
-@numba.njit(nogil=True, cache=True, error_model="numpy")
-def _backward(base, coarse, sizes, offsets, uv, uv_da, mask, grad_image, grad_base, grad_coarse, grad_uv, grad_uv_da):
-    trilinear = uv_da.shape[0] > 0
-    spread = grad_base.shape[1] > 0
-    for row in range(mask.shape[0]):
-        for column in range(mask.shape[1]):
-            if not mask[row, column]:
-                continue
-            fine, rough, share = 0, 0, 0.0
-            if trilinear:
-                footprint = _footprint(uv_da[row, column], sizes[0])
-                fine, rough, share = _levels(footprint[7], sizes.shape[0] - 1)
-            u, v = np.float64(uv[row, column, 0]), np.float64(uv[row, column, 1])
-            grad_u, grad_v, grad_level = 0.0, 0.0, 0.0
-            for level, part, sign in ((fine, 1.0 - share, -1.0), (rough, share, 1.0)):
-                if part == 0.0:
-                    continue
-                size = sizes[level]
-                left, right, across = _neighbours(u, size)
-                top, bottom, down = _neighbours(v, size)
-                texels, target = (base, grad_base) if level == 0 else (coarse, grad_coarse)
-                start = 0 if level == 0 else offsets[level] - offsets[1]
-                upper, lower = start + top * size, start + bottom * size
-                for channel in range(base.shape[0]):
-                    grad = np.float64(grad_image[channel, row, column])
-                    if grad == 0.0:
-                        continue
-                    t00, t01 = np.float64(texels[channel, upper + left]), np.float64(texels[channel, upper + right])
-                    t10, t11 = np.float64(texels[channel, lower + left]), np.float64(texels[channel, lower + right])
-                    high, low = t00 + across * (t01 - t00), t10 + across * (t11 - t10)
-                    grad_level += sign * grad * (high + down * (low - high))
-                    grad *= part
-                    grad_u += grad * size * ((1.0 - down) * (t01 - t00) + down * (t11 - t10))
-                    grad_v += grad * size * (low - high)
-                    if spread:
-                        target[channel, upper + left] += grad * (1.0 - across) * (1.0 - down)
-                        target[channel, upper + right] += grad * across * (1.0 - down)
-                        target[channel, lower + left] += grad * (1.0 - across) * down
-                        target[channel, lower + right] += grad * across * down
-            grad_uv[row, column, 0], grad_uv[row, column, 1] = grad_u, grad_v
-            if share == 0.0 or footprint[6] == 0.0:
-                continue
-            sx, sy, tx, ty, difference, c, radius, major = footprint
-            scale = grad_level * sizes[0] * 0.5 / (np.log(2.0) * major)
-            by_a, by_b, by_c = 0.5 + 0.5 * difference / radius, 0.5 - 0.5 * difference / radius, c / radius
-            target_da = grad_uv_da[row, column]
-            target_da[0, 0] = scale * (2.0 * by_a * sx + by_c * sy)
-            target_da[0, 1] = scale * (2.0 * by_b * sy + by_c * sx)
-            target_da[1, 0] = scale * (2.0 * by_a * tx + by_c * ty)
-            target_da[1, 1] = scale * (2.0 * by_b * ty + by_c * tx)

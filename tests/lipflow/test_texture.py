@@ -16,6 +16,7 @@ from lipflow.render.texture import (
     sample_trilinear,
     sample_trilinear_cpu,
     sample_trilinear_torch,
+    sample_weighted,
 )
 
 BILINEAR = pytest.mark.parametrize("sample", [sample_bilinear_cpu, sample_bilinear_torch])
@@ -197,3 +198,25 @@ def test_shapes_that_disagree_are_refused():
         sample_bilinear(texture, uv[:3], mask[:3])
     with pytest.raises(ValueError, match="uv_da"):
         sample_trilinear(texture, uv, uv_da[..., 0], mask)
+
+
+@pytest.mark.parametrize("weights_size", [1, 7])
+def test_weights_of_the_same_pass_are_those_of_a_pass_of_their_own(weights_size):
+    texture, uv, _, mask = scene()
+    uv = uv.requires_grad_()
+    weight_mask = torch.rand(weights_size, weights_size, dtype=torch.float64) + 1
+    image, weight = sample_weighted(texture, weight_mask, uv, mask)
+    torch.testing.assert_close(image, sample_bilinear_torch(texture, uv, mask), atol=1e-14, rtol=0)  # measured 0
+    alone = sample_bilinear_torch(weight_mask[None, None], uv, mask)[:, 0]
+    torch.testing.assert_close(weight, alone, atol=1e-14, rtol=0)  # measured 0
+    assert image.requires_grad
+    assert not weight.requires_grad
+
+
+def test_a_texture_of_one_texel_is_constant_and_has_no_gradient_to_the_coordinates():
+    texture, uv, _, mask = scene(size=1)
+    uv.requires_grad_()
+    image = sample_bilinear_cpu(texture, uv, mask)
+    torch.testing.assert_close(image, sample_bilinear_torch(texture, uv, mask), atol=1e-15, rtol=0)
+    image.sum().backward()
+    assert (uv.grad == 0).all()
