@@ -39,7 +39,7 @@ from cluster.scoring import (
 )
 from cluster.tracking import TrackingConfig, initialise, tracked_run
 from lipflow.checkpoint import load_avatar
-from lipflow.config import FitConfig, Signal, StrictConfig
+from lipflow.config import FitConfig, RenderConfig, Signal, StrictConfig
 from lipflow.errors import ConfigError
 from lipflow.model.avatar import Avatar
 from pipeline import storage
@@ -54,6 +54,7 @@ class EvaluateRecipe(StrictConfig):
 
     Attributes:
         fit: of the inference-time optimisation.
+        render: how images are drawn; best as in the training.
         signals: to drive with; None: all that the shard set offers.
         max_frames: scored in each of the two expression splits, evenly spread; None: all of them.
         max_cameras: training cameras that are scored, evenly spread; None: all but the frontal one.
@@ -65,6 +66,7 @@ class EvaluateRecipe(StrictConfig):
     """
 
     fit: FitConfig = FitConfig()
+    render: RenderConfig = RenderConfig()
     signals: tuple[Signal, ...] | None = None
     max_frames: int | None = Field(None, gt=0)
     max_cameras: int | None = Field(None, gt=0)
@@ -119,7 +121,9 @@ def evaluate(
         calibration = [frame for frame in shards.frame_ids("train") if frame.split("/")[0] == segment]
         calibration = spread(calibration, recipe.calibration_frames)
         (colors,) = map_tasks(
-            calibrate_colors, [(avatar_uri, shards_uri, calibration)], description="calibrate held-out cameras"
+            calibrate_colors,
+            [(avatar_uri, shards_uri, recipe.render, calibration)],
+            description="calibrate held-out cameras",
         )
         cameras = scored_cameras(shards, recipe.max_cameras)
         result = _score_all(
@@ -181,10 +185,14 @@ def _score_all(
     size = recipe.frames_per_task
     fits = [(signal, held_out[start : start + size]) for signal in signals for start in range(0, len(held_out), size)]
     tasks: list[tuple] = [
-        ("fit", (avatar_uri, shards_uri, frames, cameras, signal, recipe.fit, pictured)) for signal, frames in fits
+        ("fit", (avatar_uri, shards_uri, recipe.render, frames, cameras, signal, recipe.fit, pictured))
+        for signal, frames in fits
     ]
     tasks += [
-        ("reconstruction", (avatar_uri, shards_uri, frame_ids[start : start + size], cameras, colors, pictured))
+        (
+            "reconstruction",
+            (avatar_uri, shards_uri, recipe.render, frame_ids[start : start + size], cameras, colors, pictured),
+        )
         for start in range(0, len(frame_ids), size)
     ]
     results: list[TaskResult] = map_tasks(_run_task, tasks, description="score frames")

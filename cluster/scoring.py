@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from lipflow.checkpoint import load_avatar
-from lipflow.config import FitConfig
+from lipflow.config import FitConfig, RenderConfig
 from lipflow.fitting import fit
 from lipflow.metrics import geometry_rmse_mm, masked_mse, masked_ssim, psnr, solve_gain_bias
 from lipflow.model.avatar import Avatar
@@ -99,22 +99,22 @@ class TaskResult:
 
 
 @lru_cache(maxsize=2)
-def _open(avatar_uri: str, shards_uri: str) -> tuple[Avatar, Renderer, ShardSet]:
+def _open(avatar_uri: str, shards_uri: str, render: RenderConfig) -> tuple[Avatar, Renderer, ShardSet]:
     """Avatar, renderer and shard set, kept by a worker between its tasks."""
     with TemporaryDirectory() as folder:
         local = Path(folder, "avatar")
         storage.download_dir(avatar_uri, local)
         avatar = load_avatar(local).eval()
     shards = ShardSet.open(shards_uri)
-    return avatar, Renderer(shards.topology), shards
+    return avatar, Renderer(shards.topology, render.backend, filter=render.filter), shards
 
 
-def calibrate_colors(avatar_uri: str, shards_uri: str, frame_ids: Sequence[str]) -> dict:
+def calibrate_colors(avatar_uri: str, shards_uri: str, render: RenderConfig, frame_ids: Sequence[str]) -> dict:
     """Gain and bias of every held-out camera, by least squares over the frames of the calibration segment.
 
     The frames are of a training segment and their latents come from the encoder, so nothing that is scored enters.
     """
-    avatar, renderer, shards = _open(avatar_uri, shards_uri)
+    avatar, renderer, shards = _open(avatar_uri, shards_uri, render)
     camera_ids = list(shards.test_camera_ids)
     if not camera_ids:
         return {}
@@ -141,13 +141,14 @@ def calibrate_colors(avatar_uri: str, shards_uri: str, frame_ids: Sequence[str])
 def score_reconstructions(
     avatar_uri: str,
     shards_uri: str,
+    render: RenderConfig,
     frame_ids: Sequence[str],
     camera_ids: Sequence[str],
     colors: ColorTable,
     picture_frames: Sequence[str],
 ) -> TaskResult:
     """The encoder's reconstructions and the mean face, on the training cameras ``camera_ids`` and the held-out ones."""
-    avatar, renderer, shards = _open(avatar_uri, shards_uri)
+    avatar, renderer, shards = _open(avatar_uri, shards_uri, render)
     result = TaskResult([], {}, [], [])
     with torch.no_grad():
         for frame_id in frame_ids:
@@ -170,6 +171,7 @@ def score_reconstructions(
 def score_fits(
     avatar_uri: str,
     shards_uri: str,
+    render: RenderConfig,
     frame_ids: Sequence[str],
     camera_ids: Sequence[str],
     signal: str,
@@ -180,7 +182,7 @@ def score_fits(
 
     The start (0 iterations) is scored beside the fit.
     """
-    avatar, renderer, shards = _open(avatar_uri, shards_uri)
+    avatar, renderer, shards = _open(avatar_uri, shards_uri, render)
     # One camera is enough to read the driving signals of all frames; the others are read frame by frame.
     driving = shards.frames(list(frame_ids), list(camera_ids[:1])).driving
     fitted = fit(avatar, renderer, driving, signal, config)

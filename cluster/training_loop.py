@@ -26,7 +26,7 @@ from torch import nn
 
 from cluster.tracking import TrackingConfig, attached_run
 from lipflow.checkpoint import load_avatar, save_avatar
-from lipflow.config import AvatarConfig, LossConfig, StrictConfig
+from lipflow.config import AvatarConfig, LossConfig, RenderConfig, StrictConfig
 from lipflow.losses import LossTerms, NonFiniteLossError, reconstruction_loss, training_loss
 from lipflow.model.avatar import Avatar
 from lipflow.model.context import AvatarContext
@@ -47,6 +47,7 @@ class TrainRecipe(StrictConfig):
     Attributes:
         avatar: the model.
         loss: the objective.
+        render: how images are drawn.
         loader: batches of one worker.
         steps: optimiser steps; a step sees ``workers x frames_per_batch x views_per_frame`` views.
         learning_rate: Adam's, after ``warmup_steps`` of linear warm-up, then cosine decay to a twentieth.
@@ -64,6 +65,7 @@ class TrainRecipe(StrictConfig):
 
     avatar: AvatarConfig = AvatarConfig()
     loss: LossConfig = LossConfig()
+    render: RenderConfig = RenderConfig()
     loader: LoaderConfig = LoaderConfig()
     steps: int = Field(2000, gt=0)
     learning_rate: float = Field(1e-3, gt=0)
@@ -89,6 +91,8 @@ class TrainRecipe(StrictConfig):
                 "avatar.method is dam, whose prior is N(0, I): loss.latent_estimate and loss.reverse_weight need a"
                 " driven prior; leave them out, or set avatar.method=conditional or lipflow"
             )
+        if self.render.backend == "cuda" and not self.use_gpu:
+            raise ValueError("render.backend is cuda and use_gpu is false: set use_gpu=true, or render.backend=auto")
         return self
 
 
@@ -192,7 +196,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     device = ray.train.torch.get_device()
     shards = ShardSet.open(settings["shards"])
     avatar = avatar_for(shards, recipe.avatar)
-    renderer = Renderer(shards.topology).to(device)
+    renderer = Renderer(shards.topology, recipe.render.backend, filter=recipe.render.filter).to(device)
     model = ray.train.torch.prepare_model(
         Objective(avatar, renderer, recipe.loss), parallel_strategy_kwargs={"find_unused_parameters": True}
     )

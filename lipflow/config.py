@@ -6,6 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from lipflow.render.backend import BackendName
 from lipflow.types import DRIVING_SIGNALS
 
 Method = Literal["dam", "conditional", "lipflow"]
@@ -122,6 +123,18 @@ class AvatarConfig(StrictConfig):
         return cls(**(widths | changes))
 
 
+class RenderConfig(StrictConfig):
+    """How images are drawn; see :class:`lipflow.render.renderer.Renderer`.
+
+    Attributes:
+        backend: ``auto`` by the device, or ``reference``, ``cpu``, ``cuda``.
+        filter: ``bilinear``, or ``trilinear`` over mip maps, for textures finer than the image.
+    """
+
+    backend: BackendName = "auto"
+    filter: Literal["bilinear", "trilinear"] = "bilinear"
+
+
 class LossConfig(StrictConfig):
     """Weights of the training loss; the reductions are stated in ``lipflow.losses``.
 
@@ -164,6 +177,7 @@ class FitConfig(StrictConfig):
         keypoint_noise_mm: standard deviation of a landmark; residuals are measured in it.
         keypoint_cutoff: residual, in standard deviations, beyond which a landmark counts as an outlier
             (Geman-McClure).
+        antialias: renderings are blended across silhouettes, whose place then has a gradient too.
     """
 
     iterations: int = Field(20, ge=0)
@@ -172,3 +186,4 @@ class FitConfig(StrictConfig):
     headset_cutoff: float = Field(1.0, gt=0)
     keypoint_noise_mm: float = Field(2.0, gt=0)
     keypoint_cutoff: float = Field(3.0, gt=0)
+    antialias: bool = True

@@ -12,6 +12,8 @@ hmc, frontal
     face: an error counts as an outlier beyond ``headset_cutoff`` times the contrast (std) of the view. Gain and bias
     are held fixed in the gradient, which is exact where they are optimal. The frontal image is compared in its
     camera's learned colours, or under the best gain and bias of each channel where that camera was not trained.
+    With ``antialias`` the outline is blended with the photo's own pixels beside it, by the share of each pixel that
+    the face covers, and L_obs has gradients by where the outline lies.
 keypoints
     Reprojection: distance of the landmark vertices from the keypoints, back-projected to mm at their depth, in
     units of ``keypoint_noise_mm``, under the Geman-McClure loss r^2 / (1 + r^2 / cutoff^2), mean over landmarks
@@ -26,6 +28,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from lipflow.config import FitConfig
 from lipflow.errors import LipflowError
@@ -36,6 +39,12 @@ from lipflow.render.renderer import Renderer
 from lipflow.types import DrivingSignals, colour_planes
 
 _REWEIGHTINGS = 4
+
+_BACKGROUND_PX = 2
+"""How far from a pixel of the outline its background is looked for."""
+
+_LEAST_COVERAGE = 0.25
+"""Smallest share of a pixel by which its colour is divided; where something is seen it is seldom below 1/2."""
 
 GREY_OF_RGB = (0.299, 0.587, 0.114)
 """Luma weights (ITU-R BT.601): how a monochrome headset camera sees a colour texture."""
@@ -128,7 +137,7 @@ def _observe_headset(
     decoded = avatar.decode(z, views.cameras.view_vectors())
     luma = decoded.textures.new_tensor(GREY_OF_RGB)[:, None, None]
     grey = (decoded.textures * luma).sum(2, keepdim=True)
-    return _photometric(avatar, renderer, decoded.vertices, grey, views, solve_color=True, cutoff=config.headset_cutoff)
+    return _photometric(avatar, renderer, decoded.vertices, grey, views, config, solve_color=True, robust=True)
 
 
 def _observe_frontal(
@@ -141,7 +150,7 @@ def _observe_frontal(
     if camera_id is not None and trained:
         index = avatar.context.camera_ids.index(camera_id)
         textures = avatar.correct_color(textures, torch.full((len(z), 1), index, device=z.device))
-    return _photometric(avatar, renderer, decoded.vertices, textures, view, solve_color=not trained)
+    return _photometric(avatar, renderer, decoded.vertices, textures, view, config, solve_color=not trained)
 
 
 def _observe_keypoints(
@@ -163,24 +172,41 @@ def _photometric(
     vertices: Tensor,
     textures: Tensor,
     views: SeenViews,
+    config: FitConfig,
     *,
     solve_color: bool,
-    cutoff: float | None = None,
+    robust: bool = False,
 ) -> Tensor:
-    """``(B,)`` error of the rendered views; ``cutoff`` in standard deviations of each view, None for plain squares."""
+    """``(B,)`` error of the rendered views: squares, or ``robust`` beyond the headset's cutoff."""
     height, width = views.images.shape[-2:]
-    rendered = renderer.render(vertices, textures, views.cameras, (height, width))
+    rendered = renderer.render(vertices, textures, views.cameras, (height, width), antialias=config.antialias)
     weight = (rendered.weight * views.present[..., None, None]).detach()
-    image, target = rendered.image, colour_planes(views.images, rendered.image.dtype)
-    limit = None if cutoff is None else cutoff**2 * _contrast(target, weight)
+    image, covered = rendered.image, rendered.coverage[:, :, None]
+    target = colour_planes(views.images, image.dtype)
+    # A blended pixel holds so much less of the face: its own colour is the quotient.
+    image = image / covered.clamp(min=_LEAST_COVERAGE)
+    limit = config.headset_cutoff**2 * _contrast(target, weight) if robust else None
     if solve_color:
         gain, bias = _best_colors(image.detach(), target, weight, limit)
         image = image * gain[..., None, None] + bias[..., None, None]
+    if config.antialias:
+        image = covered * image + (1 - covered) * _background(target, rendered.mask)
     squared = (image - target).square()
     if limit is not None:
         squared = squared / (1 + squared / limit)
     error = squared.mean(2) / avatar.texture_std**2
     return (weight * error).sum((1, 2, 3)) / weight.sum((1, 2, 3)).clamp(min=1e-6)
+
+
+def _background(target: Tensor, mask: Tensor) -> Tensor:
+    """``(B, K, C, H, W)`` what lies behind the outline: the mean of the photo's pixels just outside of the mask.
+
+    Over black instead, the outline would be drawn to wherever the photo's own background is hidden.
+    """
+    outside = (~mask).to(target.dtype).flatten(0, 1)[:, None]
+    total = avg_pool2d(outside * target.flatten(0, 1), 2 * _BACKGROUND_PX + 1, 1, _BACKGROUND_PX)
+    share = avg_pool2d(outside, 2 * _BACKGROUND_PX + 1, 1, _BACKGROUND_PX)
+    return (total / share.clamp(min=1e-6)).unflatten(0, mask.shape[:2])
 
 
 def _contrast(target: Tensor, weight: Tensor) -> Tensor:

@@ -102,15 +102,17 @@ class Normalization:
 
 @dataclass
 class CameraTensors:
-    """A batch of pinhole cameras that look at a head; the leading dimensions ``...`` are free.
+    """A batch of cameras that look at a head; the leading dimensions ``...`` are free.
 
     Attributes:
         intrinsics: ``(..., 3, 3)`` K in pixels.
         cam_from_head: ``(..., 3, 4)``, millimetres.
+        distortion: ``(..., 5)`` Brown-Conrady coefficients k1, k2, p1, p2, k3; None for pinhole cameras.
     """
 
     intrinsics: Tensor
     cam_from_head: Tensor
+    distortion: Tensor | None = None
 
     def view_vectors(self) -> Tensor:
         """``(..., 3)`` camera centres in the head frame, normalised."""

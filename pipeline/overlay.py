@@ -216,8 +216,8 @@ def _seen(mesh: ProjectedMesh, size_hw: tuple[int, int], supersampling: int) -> 
     """Triangle ids ``(S H, S W)``, -1 outside, and the mesh's points ``(V, 2)`` in pixels of that grid."""
     fine_hw = (size_hw[0] * supersampling, size_hw[1] * supersampling)
     camera = mesh.camera.resized(fine_hw)
-    triangle_id, depth = np.empty(fine_hw, np.int32), np.empty(fine_hw, np.float64)
-    rasterize_view(mesh.corners, mesh.faces, camera.intrinsics, triangle_id, depth, NEAR_MM)
+    triangle_id, nearness = np.empty(fine_hw, np.int32), np.empty(fine_hw, np.float64)
+    rasterize_view(mesh.corners, mesh.faces, camera.intrinsics, triangle_id, nearness, NEAR_MM)
     return triangle_id, ProjectedMesh(mesh.corners, mesh.faces, camera).pixels()
 
 

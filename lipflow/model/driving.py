@@ -17,7 +17,7 @@ from lipflow.errors import LipflowError
 from lipflow.model.blocks import DownTower, NormLinear, leaky
 from lipflow.model.context import AvatarContext
 from lipflow.model.gaussian import DiagonalGaussian
-from lipflow.render.camera import project
+from lipflow.render.camera import project_through_lens
 from lipflow.types import CameraTensors, DrivingSignals, colour_planes, map_tensors
 
 _T = TypeVar("_T")
@@ -216,7 +216,7 @@ class KeypointDriver(nn.Module):
     def forward(self, driving: DrivingSignals, generator: torch.Generator | None) -> DiagonalGaussian:
         """P(y | h), ``(B, D)``; with a generator, landmarks are hidden at random."""
         seen = seen_keypoints(driving)
-        expected, depth = project(self.mean_landmarks, seen.cameras.intrinsics, seen.cameras.cam_from_head)
+        expected, depth = project_through_lens(self.mean_landmarks, seen.cameras)
         offset = (seen.keypoints[..., :2] - expected) * _mm_per_pixel(seen.cameras.intrinsics, depth)
         offset = offset / self.unit_mm
         confidence = seen.keypoints[..., 2:]
@@ -236,7 +236,7 @@ def landmark_residuals_mm(landmarks: Tensor, driving: DrivingSignals) -> Tensor:
         ``(B, L)`` distances; 0 where a keypoint is not seen.
     """
     seen = seen_keypoints(driving)
-    pixels, depth = project(landmarks, seen.cameras.intrinsics, seen.cameras.cam_from_head)
+    pixels, depth = project_through_lens(landmarks, seen.cameras)
     offset = (pixels - seen.keypoints[..., :2]) * _mm_per_pixel(seen.cameras.intrinsics, depth.detach())
     # The root of an exact zero has no finite gradient.
     distance = (offset.square().sum(-1) + 1e-12).sqrt()

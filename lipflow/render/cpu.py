@@ -1,128 +1,131 @@
-"""Visibility on the CPU: which triangle is seen at each pixel centre (numba, homogeneous rasterisation).
+"""The CPU backend: visibility by scan conversion (:mod:`lipflow.render.visibility`), fused interpolation.
 
-Edge functions are evaluated along camera rays in three dimensions (Olano and Greer, "Triangle Scan Conversion
-using 2D Homogeneous Coordinates", 1997). With camera-space corners ``v0, v1, v2`` and the ray ``d = (x, y, 1)``
-through a pixel centre, ``e_i = d . (v_j x v_k)`` has the sign of the ray's side of edge i, the perspective-correct
-barycentric weight of corner i is ``e_i / (e_0 + e_1 + e_2)``, and the depth is ``det / (e_0 + e_1 + e_2)``. No
-clipping against the near plane is needed: a triangle that reaches behind the camera is drawn exactly where it is
-in front.
-
-An edge shared by two triangles gives bitwise opposite edge functions, and a ray exactly on an edge belongs to one
-side by the sign of the edge's plane, so there are neither cracks nor double hits.
+Views run side by side on torch's number of threads; where there are fewer views than threads, so do bands of rows.
 """
 
 from __future__ import annotations
 
-import numba
+from functools import partial
+
 import numpy as np
+import torch
+from torch import Tensor
 
-NEAR_MM = 1.0
-"""Depths below this are not drawn."""
-
-
-@numba.njit(nogil=True, cache=True, error_model="numpy")
-def _edge_plane(a, b):
-    return (
-        a[1] * b[2] - a[2] * b[1],
-        a[2] * b[0] - a[0] * b[2],
-        a[0] * b[1] - a[1] * b[0],
-    )
+from lipflow.render.backend import NEAR_MM, Fragments
+from lipflow.render.interpolate import interpolate_cpu
+from lipflow.render.memory import empty
+from lipflow.render.parallel import row_bands, run_parallel
+from lipflow.render.reference import interpolate
+from lipflow.render.visibility import draw_rows, set_up_view
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
-def _owns_boundary(plane):
-    # A shared edge has opposite planes in its two triangles: exactly one of them passes.
-    if plane[0] != 0.0:
-        return plane[0] > 0.0
-    if plane[1] != 0.0:
-        return plane[1] > 0.0
-    return plane[2] > 0.0
+class CpuBackend:
+    """Rasterises one topology; see :class:`lipflow.render.backend.Backend`.
 
-
-@numba.njit(nogil=True, cache=True, error_model="numpy")
-def _pixel_span(low, high, count):
-    # Pixel indices whose centres (index + 0.5) lie in [low, high], clipped to the image.
-    first = max(0, int(np.ceil(max(low, -1.0) - 0.5)))
-    last = min(count - 1, int(np.floor(min(high, count + 1.0) - 0.5)))
-    return first, last
-
-
-@numba.njit(nogil=True, cache=True, error_model="numpy")
-def rasterize_view(corners, faces, intrinsics, triangle_id, depth, near):
-    """Draw one view; ``triangle_id`` ``(H, W)`` int32 and ``depth`` ``(H, W)`` float64 are filled in place.
+    Tensors on other devices are served too, for machines without nvdiffrast: their visibility is found on the CPU,
+    the rest is computed on the device in plain torch.
 
     Args:
-        corners: ``(V, 3)`` float64 camera-space vertices, mm.
+        faces: ``(F, 3)`` int64.
+        face_uvs: ``(F, 3, 2)``.
+    """
+
+    def __init__(self, faces: Tensor, face_uvs: Tensor):
+        self.faces = faces
+        self.face_uvs = face_uvs
+        self._faces = faces.cpu().numpy()
+
+    def rasterize(
+        self, corners: Tensor, intrinsics: Tensor, image_size_hw: tuple[int, int], *, derivatives: bool = False
+    ) -> Fragments:
+        """Rasterise N views; see :class:`lipflow.render.backend.Backend`."""
+        views, (height, width) = len(corners), image_size_hw
+        triangle_id = empty((views, height, width), torch.int32)
+        find_visible(
+            corners.detach().cpu().numpy(), self._faces, intrinsics.detach().cpu().numpy(), triangle_id.numpy()
+        )
+        triangle_id = triangle_id.to(corners.device)
+        function = interpolate_cpu if corners.device.type == "cpu" else interpolate
+        uv, depth, uv_da = function(
+            corners, intrinsics, triangle_id, self.faces, self.face_uvs, derivatives=derivatives
+        )
+        return Fragments(triangle_id, uv, depth, uv_da)
+
+
+def find_visible(
+    corners: np.ndarray,
+    faces: np.ndarray,
+    intrinsics: np.ndarray,
+    triangle_id: np.ndarray,
+    nearness: np.ndarray | None = None,
+    near: float = NEAR_MM,
+) -> None:
+    """Draw N views.
+
+    Args:
+        corners: ``(N, V, 3)`` camera-space vertices, mm, float32 or float64.
         faces: ``(F, 3)`` int64, counter-clockwise from outside; back faces are culled.
-        intrinsics: ``(3, 3)`` float64 K, upper triangular with last row (0, 0, 1).
-        triangle_id: output; -1 where nothing is seen. Equal depths go to the lower triangle index.
-        depth: output; infinity where nothing is seen.
+        intrinsics: ``(N, 3, 3)`` K in pixels of the image.
+        triangle_id: output ``(N, H, W)`` int32, -1 where nothing is seen.
+        nearness: output ``(N, H, W)`` float64, 1 / depth in 1 / mm, 0 where nothing is seen. If None, each task has
+            one of its own while it draws: no view's memory is touched that nobody reads.
         near: smallest depth drawn, mm.
     """
-    height, width = triangle_id.shape
-    triangle_id[:] = -1
-    depth[:] = np.inf
-    fx, skew, cx = intrinsics[0, 0], intrinsics[0, 1], intrinsics[0, 2]
-    fy, cy = intrinsics[1, 1], intrinsics[1, 2]
-    for face in range(faces.shape[0]):
-        a, b, c = corners[faces[face, 0]], corners[faces[face, 1]], corners[faces[face, 2]]
-        if a[2] < near and b[2] < near and c[2] < near:
-            continue
-        plane_a, plane_b, plane_c = _edge_plane(c, b), _edge_plane(a, c), _edge_plane(b, a)
-        volume = a[0] * plane_a[0] + a[1] * plane_a[1] + a[2] * plane_a[2]
-        if not volume > 0.0:  # seen from behind, edge-on, or not finite
-            continue
-        x_first, x_last, y_first, y_last = 0, width - 1, 0, height - 1
-        if a[2] >= near and b[2] >= near and c[2] >= near:
-            ay, by, cy_px = fy * a[1] / a[2] + cy, fy * b[1] / b[2] + cy, fy * c[1] / c[2] + cy
-            ax = (fx * a[0] + skew * a[1]) / a[2] + cx
-            bx = (fx * b[0] + skew * b[1]) / b[2] + cx
-            cx_px = (fx * c[0] + skew * c[1]) / c[2] + cx
-            # One thousandth of a pixel of slack: rounding of the box must not decide what is covered.
-            x_first, x_last = _pixel_span(min(ax, bx, cx_px) - 1e-3, max(ax, bx, cx_px) + 1e-3, width)
-            y_first, y_last = _pixel_span(min(ay, by, cy_px) - 1e-3, max(ay, by, cy_px) + 1e-3, height)
-        own_a, own_b, own_c = _owns_boundary(plane_a), _owns_boundary(plane_b), _owns_boundary(plane_c)
-        for row in range(y_first, y_last + 1):
-            ray_y = (row + 0.5 - cy) / fy
-            for column in range(x_first, x_last + 1):
-                ray_x = (column + 0.5 - cx - skew * ray_y) / fx
-                edge_a = ray_x * plane_a[0] + ray_y * plane_a[1] + plane_a[2]
-                if edge_a < 0.0 or (edge_a == 0.0 and not own_a):
-                    continue
-                edge_b = ray_x * plane_b[0] + ray_y * plane_b[1] + plane_b[2]
-                if edge_b < 0.0 or (edge_b == 0.0 and not own_b):
-                    continue
-                edge_c = ray_x * plane_c[0] + ray_y * plane_c[1] + plane_c[2]
-                if edge_c < 0.0 or (edge_c == 0.0 and not own_c):
-                    continue
-                total = edge_a + edge_b + edge_c
-                if total <= 0.0:
-                    continue
-                z = volume / total
-                if z >= near and z < depth[row, column]:
-                    depth[row, column] = z
-                    triangle_id[row, column] = face
+    views, height, width = triangle_id.shape
+    corners, faces, intrinsics = map(np.ascontiguousarray, (corners, faces, intrinsics))
+
+    def set_up(view: int):
+        return set_up_view(corners[view], faces, intrinsics[view], near, height, width)
+
+    def draw(triangles, view: int, begin: int, stop: int) -> None:
+        depths = np.empty((stop - begin, width)) if nearness is None else nearness[view, begin:stop]
+        draw_rows(triangles, near, begin, triangle_id[view, begin:stop], depths)
+
+    def draw_view(view: int) -> None:
+        draw(set_up(view), view, 0, height)
+
+    bands = row_bands(views, height)
+    if len(bands) == views:
+        run_parallel(partial(draw_view, view) for view in range(views))
+    else:
+        triangles = run_parallel(partial(set_up, view) for view in range(views))
+        run_parallel(partial(draw, triangles[view], view, begin, stop) for view, begin, stop in bands)
 
 
 def rasterize(
     corners: np.ndarray, faces: np.ndarray, intrinsics: np.ndarray, image_size_hw: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw N views.
+    """Triangle ids ``(N, H, W)`` int32 as :func:`find_visible` finds them, and depths ``(N, H, W)`` float64 in mm,
+    infinite where nothing is seen.
+    """
+    shape = (len(corners), *image_size_hw)
+    triangle_id, nearness = np.empty(shape, np.int32), np.empty(shape)
+    find_visible(corners, faces, intrinsics, triangle_id, nearness)
+    with np.errstate(divide="ignore"):
+        return triangle_id, np.divide(1.0, nearness, out=nearness)
+
+
+def rasterize_view(
+    corners: np.ndarray,
+    faces: np.ndarray,
+    intrinsics: np.ndarray,
+    triangle_id: np.ndarray,
+    nearness: np.ndarray,
+    near: float = NEAR_MM,
+) -> None:
+    """Draw one view into buffers of the caller's: ``triangle_id`` ``(H, W)`` and ``nearness`` as in `draw_rows`.
 
     Args:
-        corners: ``(N, V, 3)`` camera-space vertices, mm.
+        corners: ``(V, 3)`` camera-space vertices, mm.
         faces: ``(F, 3)`` int64.
-        intrinsics: ``(N, 3, 3)`` K in pixels of ``image_size_hw``.
-        image_size_hw: (height, width) in pixels.
-
-    Returns:
-        Triangle ids ``(N, H, W)`` int32, -1 outside, and depths ``(N, H, W)`` float64, infinite outside.
+        intrinsics: ``(3, 3)`` K.
+        triangle_id: output int32.
+        nearness: output float64, 1 / depth, 0 where nothing is seen.
+        near: smallest depth drawn, mm.
     """
-    count = corners.shape[0]
-    triangle_id = np.empty((count, *image_size_hw), np.int32)
-    depth = np.empty((count, *image_size_hw), np.float64)
-    corners = np.ascontiguousarray(corners, np.float64)
-    intrinsics = np.ascontiguousarray(intrinsics, np.float64)
-    for view in range(count):
-        rasterize_view(corners[view], faces, intrinsics[view], triangle_id[view], depth[view], NEAR_MM)
-    return triangle_id, depth
+    height, width = triangle_id.shape
+    triangles = set_up_view(corners, faces, intrinsics, near, height, width)
+    draw_rows(triangles, near, 0, triangle_id, nearness)
+
+
+__all__ = ["NEAR_MM", "CpuBackend", "find_visible", "rasterize", "rasterize_view"]

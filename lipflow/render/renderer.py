@@ -1,21 +1,22 @@
-"""The differentiable renderer: visibility by rasterisation, everything else by torch's autograd.
+"""The differentiable renderer: rasterise once, look the texture up at what is seen.
 
-Visibility (which triangle a pixel sees) is found once, without gradients. Texture coordinates are then interpolated
-from the camera-space corners of the visible triangles (:mod:`lipflow.render.interpolate`), so that gradients reach
-vertices, cameras and texture through the interior of the image. Silhouettes carry no gradient.
+Visibility, texture look-up and antialiasing are a backend's (:mod:`lipflow.render.backend`); one rasterisation serves
+the image, its mask and its loss weight. Gradients reach vertices, cameras, texture and texture coordinates through the
+interior of the image, and with ``antialias`` vertices and cameras get those of silhouettes too.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from lipflow.render import cpu
-from lipflow.render.camera import transform_points
-from lipflow.render.interpolate import interpolate_cpu, interpolate_torch
+from lipflow.errors import ConfigError
+from lipflow.render.backend import Backend, BackendName, Fragments, make_backend
+from lipflow.render.camera import camera_corners
+from lipflow.render.texture import sample_weight
 from lipflow.types import CameraTensors, Topology
 
 
@@ -24,8 +25,10 @@ class RenderOutput:
     """What B frames with K views each look like.
 
     Attributes:
-        image: ``(B, K, C, H, W)`` the sampled texture, 0 where no triangle is seen.
-        mask: ``(B, K, H, W)`` bool, True where a triangle is seen.
+        image: ``(B, K, C, H, W)`` the sampled texture, 0 where no triangle is seen; antialiased if that was asked for.
+        coverage: ``(B, K, H, W)`` the mask in the image's dtype, antialiased with it and then differentiable in
+            vertices and cameras: what silhouettes are compared by.
+        mask: ``(B, K, H, W)`` bool, True where a triangle is seen at the pixel's centre.
         weight: ``(B, K, H, W)`` the topology's weight mask seen through the same pixels, 0 outside; no gradient.
         depth: ``(B, K, H, W)`` mm along the optical axis, 0 outside.
         triangle_id: ``(B, K, H, W)`` int32, -1 outside.
@@ -33,6 +36,7 @@ class RenderOutput:
     """
 
     image: Tensor
+    coverage: Tensor
     mask: Tensor
     weight: Tensor
     depth: Tensor
@@ -45,78 +49,125 @@ class Renderer:
 
     Args:
         topology: faces, texture coordinates and the weight mask.
+        backend: ``auto`` chooses by the device of the renderer; see :func:`lipflow.render.backend.make_backend`.
+        filter: ``bilinear``, or ``trilinear`` over mip maps, for textures finer than the image.
+
+    Attributes:
+        faces: ``(F, 3)`` int64.
+        face_uvs: ``(F, 3, 2)`` float32; images are differentiable in them.
+        weight_mask: ``(T, T)`` float32.
+
+    Raises:
+        ConfigError: the backend cannot work here, with what to install; or there is no such filter.
     """
 
-    def __init__(self, topology: Topology):
+    def __init__(
+        self,
+        topology: Topology,
+        backend: BackendName = "auto",
+        *,
+        filter: Literal["bilinear", "trilinear"] = "bilinear",
+    ):
+        if filter not in ("bilinear", "trilinear"):
+            raise ConfigError(f"filter {filter!r}: expected bilinear or trilinear")
+        self._mip_maps = filter == "trilinear"
         self.faces = torch.from_numpy(topology.faces).long()
         self.face_uvs = torch.from_numpy(topology.uvs[topology.uv_faces]).float()
         self.weight_mask = torch.from_numpy(topology.weight_mask).float()
-        self._faces_cpu = topology.faces.astype("int64")
+        self._backend_name = backend
+        # 'cuda' is only judged when it is used: renderers are made on the CPU and moved.
+        self._backend: Backend[Any] | None = None if backend == "cuda" else self._make_backend()
 
     def to(self, device: torch.device | str) -> Renderer:
-        """This renderer, with its constant tensors moved to ``device``."""
+        """This renderer, with its constant tensors moved to ``device`` and, if ``auto``, the backend for it.
+
+        Raises:
+            ConfigError: the backend cannot work there; the message says what to install.
+        """
         self.faces = self.faces.to(device)
         self.face_uvs = self.face_uvs.to(device)
         self.weight_mask = self.weight_mask.to(device)
+        self._backend = self._make_backend()
         return self
 
     def render(
-        self, vertices: Tensor, texture: Tensor, cameras: CameraTensors, image_size_hw: tuple[int, int]
+        self,
+        vertices: Tensor,
+        texture: Tensor,
+        cameras: CameraTensors,
+        image_size_hw: tuple[int, int],
+        *,
+        antialias: bool = False,
     ) -> RenderOutput:
         """Render every view of every frame; differentiable in vertices, texture and cameras.
+
+        Autocast does not reach in here: positions in 8 bits would be wrong by pixels.
+
+        What cannot be drawn is left out: triangles without area or with a vertex that is not finite, views whose K has
+        no finite inverse and, under lens distortion, triangles with a corner that the lens does not image
+        (:func:`lipflow.render.camera.camera_corners`).
 
         Args:
             vertices: ``(B, V, 3)`` mm, head frame.
             texture: ``(B, K, C, T, T)``, or ``(B, 1, C, T, T)`` shared by the views of a frame; row 0 is v = 0.
-            cameras: ``(B, K, 3, 3)`` and ``(B, K, 3, 4)``.
+            cameras: ``(B, K)`` cameras.
             image_size_hw: (height, width) in pixels, to which K refers.
+            antialias: blend pixels across silhouettes, so that vertices and cameras have gradients there. It concerns
+                image and coverage; mask, weight and the maps stay those of pixel centres.
 
         Raises:
+            ConfigError: the chosen backend cannot work on the renderer's device.
             ValueError: the leading dimensions of the arguments disagree.
         """
         frames, views = cameras.intrinsics.shape[:2]
-        if vertices.shape[0] != frames or texture.shape[0] != frames or texture.shape[1] not in (1, views):
+        if texture.shape[0] != frames or texture.shape[1] not in (1, views):
             raise ValueError(
-                f"vertices {tuple(vertices.shape)}, texture {tuple(texture.shape)} and cameras "
-                f"{tuple(cameras.intrinsics.shape)} disagree: expected (B, V, 3), (B, K|1, C, T, T), (B, K, 3, 3)"
+                f"texture {tuple(texture.shape)} and cameras {tuple(cameras.intrinsics.shape)} disagree: "
+                "expected (B, K|1, C, T, T) and (B, K, 3, 3)"
             )
-        corners = transform_points(vertices[:, None], cameras.cam_from_head).flatten(0, 1)
-        intrinsics = cameras.intrinsics.flatten(0, 1)
-        triangle_id = self._visibility(corners, intrinsics, image_size_hw)
-        mask = triangle_id >= 0
-        interpolate = interpolate_cpu if corners.device.type == "cpu" else interpolate_torch
-        uv, depth = interpolate(corners, intrinsics, triangle_id, self.faces, self.face_uvs)
-
-        texture = texture.expand(-1, views, -1, -1, -1).flatten(0, 1)
-        image = sample_texture(texture, uv) * mask[:, None]
-        weight_mask = self.weight_mask.to(image.dtype).expand(frames * views, 1, -1, -1)
-        weight = sample_texture(weight_mask, uv.detach())[:, 0] * mask
+        with torch.autocast(vertices.device.type, enabled=False):
+            fragments, mask = self._seen(vertices, cameras, image_size_hw, derivatives=self._mip_maps)
+            image, weight = self._ready().sample_weighted(
+                texture.flatten(0, 1), self.weight_mask, fragments.uv, mask, fragments.uv_da
+            )
+            coverage = mask.to(image.dtype)
+            if antialias:
+                blended = self._ready().antialias(torch.cat([image, coverage[:, None]], 1), fragments)
+                image, coverage = blended[:, :-1], blended[:, -1]
 
         def unflatten(tensor: Tensor) -> Tensor:
             return tensor.unflatten(0, (frames, views))
 
-        return RenderOutput(*map(unflatten, (image, mask, weight, depth, triangle_id, uv)))
+        parts = (image, coverage, mask, weight, fragments.depth, fragments.triangle_id, fragments.uv)
+        return RenderOutput(*map(unflatten, parts))
 
-    def _visibility(self, corners: Tensor, intrinsics: Tensor, image_size_hw: tuple[int, int]) -> Tensor:
-        ids, _ = cpu.rasterize(
-            corners.detach().cpu().double().numpy(),
-            self._faces_cpu,
-            intrinsics.detach().cpu().double().numpy(),
-            image_size_hw,
-        )
-        return torch.from_numpy(ids).to(corners.device)
+    def render_mask(self, vertices: Tensor, cameras: CameraTensors, image_size_hw: tuple[int, int]) -> Tensor:
+        """The ``weight`` of :meth:`render` alone, ``(B, K, H, W)``, for callers that need no image; no gradient."""
+        with torch.no_grad(), torch.autocast(vertices.device.type, enabled=False):
+            fragments, mask = self._seen(vertices, cameras, image_size_hw)
+            weight = sample_weight(self.weight_mask, fragments.uv, mask)
+        return weight.unflatten(0, cameras.intrinsics.shape[:2])
+
+    def _seen(
+        self, vertices: Tensor, cameras: CameraTensors, image_size_hw: tuple[int, int], *, derivatives: bool = False
+    ) -> tuple[Fragments, Tensor]:
+        """Fragments of the ``B K`` views, and their mask."""
+        if vertices.shape[0] != cameras.intrinsics.shape[0]:
+            raise ValueError(
+                f"vertices {tuple(vertices.shape)} and cameras {tuple(cameras.intrinsics.shape)} disagree: "
+                "expected (B, V, 3) and (B, K, 3, 3)"
+            )
+        corners, intrinsics = camera_corners(vertices, cameras).flatten(0, 1), cameras.intrinsics.flatten(0, 1)
+        fragments = self._ready().rasterize(corners, intrinsics, image_size_hw, derivatives=derivatives)
+        return fragments, fragments.triangle_id >= 0
+
+    def _ready(self) -> Backend[Any]:
+        if self._backend is None:
+            self._backend = self._make_backend()
+        return self._backend
+
+    def _make_backend(self) -> Backend[Any]:
+        return make_backend(self._backend_name, self.faces.device, self.faces, self.face_uvs)
 
 
-def sample_texture(texture: Tensor, uv: Tensor) -> Tensor:
-    """Bilinear texture look-up, clamped at the border.
-
-    Args:
-        texture: ``(N, C, T, T)``, row 0 is v = 0.
-        uv: ``(N, H, W, 2)`` in [0, 1].
-
-    Returns:
-        ``(N, C, H, W)``.
-    """
-    return functional.grid_sample(
-        texture, uv.to(texture.dtype) * 2 - 1, mode="bilinear", padding_mode="border", align_corners=False
-    )
+__all__ = ["RenderOutput", "Renderer"]

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn.functional import avg_pool2d
 
 from lipflow.errors import CaptureError
-from lipflow.metrics import masked_mse, psnr, solve_gain_bias
+from lipflow.metrics import masked_mse, masked_ssim, psnr, solve_gain_bias
 from lipflow.render.renderer import Renderer
 from lipflow.types import CameraTensors
 from pipeline.dome.realface import load_realface
@@ -29,12 +31,14 @@ class PhotoCheck:
 
     Attributes:
         psnr_db: over the pixels that the mesh covers, after one gain and bias for each channel.
+        ssim: over the same pixels.
         photo: ``(H, W, 3)`` uint8.
         rendering: ``(H, W, 3)`` uint8, black outside the head.
         mask: ``(H, W)`` bool.
     """
 
     psnr_db: float
+    ssim: float
     photo: np.ndarray
     rendering: np.ndarray
     mask: np.ndarray
@@ -45,8 +49,15 @@ def has_photo(folder: str | Path) -> bool:
     return Path(folder, PHOTO).is_file() and Path(folder, POSE).is_file()
 
 
-def check_photo(folder: str | Path) -> PhotoCheck:
+def check_photo(
+    folder: str | Path, *, reduced: int = 1, filter: Literal["bilinear", "trilinear"] = "bilinear"
+) -> PhotoCheck:
     """Render the tracked frame of a real face asset into its photo's camera.
+
+    Args:
+        folder: of the asset.
+        reduced: by which whole number photo and rendering are smaller than the photo's file.
+        filter: of the renderer.
 
     Raises:
         CaptureError: the asset has no photo, or photo and pose disagree in size.
@@ -67,16 +78,19 @@ def check_photo(folder: str | Path) -> PhotoCheck:
         photo = np.array(image.convert("RGB"))
     if photo.shape[:2] != (height, width):
         raise CaptureError(f"{folder / PHOTO}: {photo.shape[:2]} pixels, the pose is for {(height, width)}")
+    target = avg_pool2d(torch.from_numpy(photo).permute(2, 0, 1).float(), reduced)
+    intrinsics = np.diag([1 / reduced, 1 / reduced, 1.0]) @ intrinsics
     cameras = CameraTensors(torch.from_numpy(intrinsics).float()[None, None], cam_from_head[None, None])
     texture = torch.from_numpy(face.texture).permute(2, 0, 1).float()[None, None]
-    out = Renderer(face.topology).render(vertices, texture, cameras, (height, width))
-    target = torch.from_numpy(photo).permute(2, 0, 1).float()
+    size_hw = (target.shape[1], target.shape[2])
+    out = Renderer(face.topology, filter=filter).render(vertices, texture, cameras, size_hw)
     raw, mask = out.image[0, 0], out.mask[0, 0]
     gain, bias = solve_gain_bias(raw.double(), target.double(), mask.double())
     rendering = (raw * gain[:, None, None] + bias[:, None, None]).clamp(0, 255).float() * mask
     return PhotoCheck(
         psnr_db=psnr(masked_mse(rendering, target, mask)).item(),
-        photo=photo,
+        ssim=masked_ssim(rendering, target, mask).item(),
+        photo=target.round().byte().permute(1, 2, 0).numpy(),
         rendering=rendering.round().byte().permute(1, 2, 0).numpy(),
         mask=mask.numpy(),
     )

@@ -30,7 +30,7 @@ class PictureTaker:
         self._faces = topology.faces
         self._face_uvs = topology.uvs[topology.uv_faces].astype(np.float64)
         self._supersampling = supersampling
-        self._triangle_id, self._depth = np.empty((0, 0), np.int32), np.empty((0, 0), np.float64)
+        self._triangle_id, self._nearness = np.empty((0, 0), np.int32), np.empty((0, 0), np.float64)
 
     def take(
         self, vertices: np.ndarray, texture: np.ndarray, camera: Camera, world_from_head: np.ndarray
@@ -49,11 +49,11 @@ class PictureTaker:
         height, width = camera.image_size_hw
         fine = (height * self._supersampling, width * self._supersampling)
         if self._triangle_id.shape != fine:
-            self._triangle_id, self._depth = np.empty(fine, np.int32), np.empty(fine, np.float64)
+            self._triangle_id, self._nearness = np.empty(fine, np.int32), np.empty(fine, np.float64)
         cam_from_head = compose(camera.cam_from_world, world_from_head)
         corners = np.ascontiguousarray(vertices.astype(np.float64) @ cam_from_head[:, :3].T + cam_from_head[:, 3])
         intrinsics = np.diag([self._supersampling, self._supersampling, 1.0]) @ camera.intrinsics
-        rasterize_view(corners, self._faces, intrinsics, self._triangle_id, self._depth, NEAR_MM)
+        rasterize_view(corners, self._faces, intrinsics, self._triangle_id, self._nearness, NEAR_MM)
         pixel_to_ray = np.linalg.inv(intrinsics)
         planes = _texel_planes(corners, self._faces, self._face_uvs, pixel_to_ray, texture.shape[0])
         picture = np.empty((height, width, 4), np.float32)

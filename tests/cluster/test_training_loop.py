@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from ray.train import Checkpoint
 from torch import nn
 
@@ -102,3 +103,9 @@ def test_fetched_checkpoints_have_a_folder_of_their_own(s3_server, tmp_path):
     assert not outer.exists()
     with checkpoint_folder(Checkpoint.from_directory(tmp_path)) as folder:
         assert folder == tmp_path
+
+
+def test_a_gpu_renderer_without_a_gpu_is_refused():
+    with pytest.raises(ValidationError, match=r"set use_gpu=true, or render\.backend=auto"):
+        TrainRecipe(render={"backend": "cuda"})
+    assert TrainRecipe(render={"backend": "cuda"}, use_gpu=True).render.filter == "bilinear"

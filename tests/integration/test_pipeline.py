@@ -21,7 +21,7 @@ from cluster.synth import synthesise
 from cluster.tracking import KIND_TAG, PARENT_RUN_TAG, SHARDS_DIGEST_TAG, load_table, open_client
 from cluster.train import TrainSummary, train
 from lipflow.checkpoint import load_avatar
-from lipflow.config import FitConfig
+from lipflow.config import FitConfig, RenderConfig
 from lipflow.render.renderer import Renderer
 from lipflow.types import DRIVING_SIGNALS
 from pipeline import storage
@@ -175,7 +175,7 @@ def test_fitted_latents_load_back_from_the_store_and_from_the_output(shards, fin
 def test_calibration_of_held_out_cameras_is_least_squares_by_hand(shards, finished: Finished):
     shard_set = ShardSet.open(shards.uri)
     frame_id = shard_set.frame_ids("train")[0]
-    colors = calibrate_colors(finished.trained.avatar, shards.uri, [frame_id])
+    colors = calibrate_colors(finished.trained.avatar, shards.uri, RenderConfig(), [frame_id])
     assert set(colors) == set(shard_set.test_camera_ids)
     avatar = load_avatar(storage.local_path(finished.trained.avatar)).eval()
     renderer = Renderer(shard_set.topology)

@@ -192,3 +192,32 @@ def test_what_hides_part_of_a_headset_view_hardly_moves_the_fit(make_avatar, ren
     squares = config.model_copy(update={"headset_cutoff": 1e6})
     drawn = fit(avatar, renderer, dataclasses.replace(frames.driving, hmc_images=hidden), "hmc", squares).z
     assert (robust - free).norm() < (drawn - free).norm() / 3
+
+
+@pytest.mark.parametrize("background", [0, pytest.param(60, marks=pytest.mark.slow), pytest.param(128)])
+def test_antialiased_renderings_find_the_geometry_of_antialiased_photos(make_avatar, renderer, frames, background):
+    """Frontal photos whose pixels are means of 4 x 4 samples, before a background.
+
+    Measured distance of the vertices from the true ones, mm RMS, without and with antialiasing: 0.28 and 0.15 before
+    black, 0.23 and 0.15 before 60, 0.17 and 0.14 before 128; 2.07 at the start. Blended with black whatever the
+    photo's background, it was 0.87 before 128.
+    """
+    avatar = make_avatar(method="dam")
+    truth = observe(avatar, renderer, frames.driving)
+    driving, samples = frames.driving, 4
+    frontal = map_tensors(driving.frontal_cameras, lambda tensor: tensor[:, None])
+    fine = dataclasses.replace(frontal, intrinsics=frontal.intrinsics * torch.tensor([samples, samples, 1.0])[:, None])
+    with torch.no_grad():
+        seen = avatar.decode(truth, frontal.view_vectors())
+        height, width = driving.frontal_images.shape[-2:]
+        out = renderer.render(seen.vertices, seen.textures, fine, (height * samples, width * samples))
+        photo = torch.where(out.mask[:, 0, None], out.image[:, 0], float(background))
+        driving.frontal_images = _as_image(torch.nn.functional.avg_pool2d(photo, samples))
+    distance = {}
+    for antialias in (False, True):
+        config = FitConfig(iterations=60, prior_weight=0.0, learning_rate=0.1, antialias=antialias)
+        z = fit(avatar, renderer, driving, "frontal", config).z
+        with torch.no_grad():
+            distance[antialias] = (avatar.decode_vertices(z) - seen.vertices).square().sum(-1).mean().sqrt()
+    assert distance[True] < 0.9 * distance[False]
+    assert distance[True] < 0.3

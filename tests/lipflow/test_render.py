@@ -4,33 +4,24 @@ import numpy as np
 import pytest
 import torch
 
+from lipflow.errors import ConfigError
 from lipflow.render import cpu
 from lipflow.render.camera import cam_from_head_tensor, compose, project
-from lipflow.render.interpolate import interpolate_cpu, interpolate_torch
+from lipflow.render.interpolate import interpolate_cpu
+from lipflow.render.reference import interpolate
 from lipflow.render.renderer import Renderer
-from lipflow.types import CameraTensors, Topology
-
-
-def make_topology(faces, uvs, weight_mask=None) -> Topology:
-    faces = np.asarray(faces, np.int64)
-    mask = np.ones((8, 8), np.float32) if weight_mask is None else weight_mask
-    uvs = np.asarray(uvs, np.float32)
-    return Topology(faces, uvs, faces, mask, {}, int(faces.max()) + 1)
-
-
-def camera_at_origin(height=32, width=40, focal=50.0, dtype=torch.float32) -> CameraTensors:
-    intrinsics = torch.tensor([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]], dtype=dtype)
-    pose = torch.eye(4, dtype=dtype)[:3]
-    return CameraTensors(intrinsics[None, None], pose[None, None])
-
-
-QUAD_FACES = [[0, 2, 1], [0, 3, 2]]
-QUAD_UVS = [[0, 0], [1, 0], [1, 1], [0, 1]]
-
-
-def tilted_quad(dtype=torch.float32) -> torch.Tensor:
-    """A rectangle that recedes to the right; front faces the camera at the origin."""
-    return torch.tensor([[-30, -20, 80], [30, -20, 160], [30, 20, 160], [-30, 20, 80]], dtype=dtype)
+from lipflow.render.texture import sample_bilinear
+from tests.lipflow.render_scenes import (
+    QUAD_FACES,
+    QUAD_UVS,
+    bump,
+    camera_at_origin,
+    cameras_around,
+    in_float32,
+    make_topology,
+    smooth_texture,
+    tilted_quad,
+)
 
 
 def test_texture_coordinates_are_perspective_correct():
@@ -100,40 +91,6 @@ def test_texture_row_zero_is_v_zero():
     assert bright[16:].max() == 0.0
 
 
-def test_gradients_equal_finite_differences_in_float64():
-    torch.manual_seed(0)
-    topology = make_topology(QUAD_FACES, QUAD_UVS)
-    renderer = Renderer(topology)
-    cameras = camera_at_origin(dtype=torch.float64)
-    texture = torch.nn.functional.interpolate(torch.rand(1, 3, 4, 4, dtype=torch.float64), 32, mode="bicubic")[None]
-    # Moved off the symmetric pose, in which pixel centres fall on the kinks of bilinear interpolation.
-    quad = tilted_quad(torch.float64)[None] + torch.tensor([0.37, 0.21, 0.53])
-    frozen = renderer.render(quad, texture, cameras, (32, 40)).triangle_id
-    # Pixels near the outline would change coverage under a finite step: compare well inside.
-    inside = torch.nn.functional.max_pool2d((frozen[0] < 0).double(), 5, stride=1, padding=2)[0] == 0
-    weights = torch.rand(3, 32, 40, dtype=torch.float64) * inside
-
-    def objective(vertices, texture_, pose, intrinsics):
-        out = renderer.render(vertices, texture_, CameraTensors(intrinsics, pose), (32, 40))
-        return (out.image[0, 0] * weights).sum()
-
-    arguments = [quad, texture, cameras.cam_from_head, cameras.intrinsics]
-    leaves = [argument.clone().requires_grad_() for argument in arguments]
-    objective(*leaves).backward()
-    worst = 0.0
-    for index, leaf in enumerate(leaves):
-        direction = torch.randn_like(leaf)
-        if index == 3:  # only focal lengths and principal point are free in K
-            direction *= torch.tensor([[1, 0, 1], [0, 1, 1], [0, 0, 0]])
-        step = 1e-6
-        moved = [a + step * direction if i == index else a for i, a in enumerate(arguments)]
-        back = [a - step * direction if i == index else a for i, a in enumerate(arguments)]
-        numeric = (objective(*moved) - objective(*back)) / (2 * step)
-        analytic = (leaf.grad * direction).sum()
-        worst = max(worst, (abs(numeric - analytic) / abs(numeric)).item())
-    assert worst < 1e-5
-
-
 def test_projection_and_rendering_agree_on_pixel_centres():
     """A vertex projected to a pixel's centre is seen by exactly that pixel's ray."""
     cameras = camera_at_origin()
@@ -173,10 +130,85 @@ def test_fused_interpolation_equals_its_torch_twin_in_values_and_gradients():
 
     def run(interpolate):
         leaves = [tensor.clone().requires_grad_() for tensor in (corners, intrinsics, face_uvs)]
-        uv, depth = interpolate(leaves[0], leaves[1], triangle_id, faces, leaves[2])
+        uv, depth, _ = interpolate(leaves[0], leaves[1], triangle_id, faces, leaves[2])
         (torch.cat([uv, depth[..., None]], -1) * weights).sum().backward()
         return [uv, depth, *(leaf.grad for leaf in leaves)]
 
-    for fused, plain in zip(run(interpolate_cpu), run(interpolate_torch), strict=True):
+    for fused, plain in zip(run(interpolate_cpu), run(interpolate), strict=True):
         scale = plain.abs().max()
         assert (fused - plain).abs().max() < 1e-11 * scale
+
+
+def test_filters_and_antialiasing_are_those_of_their_modules():
+    topology, mesh = bump()
+    cameras, size_hw = cameras_around([0.1, -0.4], (40, 48)), (40, 48)
+    texture = smooth_texture(64)
+    plain = Renderer(topology, "cpu").render(mesh[None], texture, cameras, size_hw)
+    assert torch.equal(
+        plain.image[0], sample_bilinear(texture[0], plain.uv[0], plain.mask[0])
+    )  # one texture for both views
+    mipped = Renderer(topology, "cpu", filter="trilinear").render(mesh[None], texture, cameras, size_hw)
+    truth = Renderer(topology, "reference", filter="trilinear").render(mesh[None], texture, cameras, size_hw)
+    torch.testing.assert_close(mipped.image, truth.image, atol=1e-12, rtol=0)
+    assert (mipped.image - plain.image).abs().max() > 1e-3
+    leaf = mesh[None].clone().requires_grad_()
+    smooth = Renderer(topology, "cpu").render(leaf, texture * 0 + 1, cameras, size_hw, antialias=True)
+    changed = ((smooth.image.detach() - plain.mask[:, :, None].double()).abs() > 1e-9).any(2)
+    # Only pixels at the outline are blended: those with a neighbour of the other kind.
+    other = sum((plain.mask.roll(shift, axis) != plain.mask).int() for shift in (-1, 1) for axis in (2, 3)) > 0
+    assert changed.any()
+    assert not (changed & ~other).any()
+    smooth.image.sum().backward()
+    assert leaf.grad.abs().max() > 1e-3
+    with pytest.raises(ConfigError, match="expected bilinear or trilinear"):
+        Renderer(topology, filter="cubic")
+
+
+def test_neither_autocast_nor_fast_matmuls_round_positions():
+    """In bfloat16 a vertex 600 mm away is off by up to 2 mm, at these cameras by pixels."""
+    topology, mesh = bump()
+    size_hw = (40, 48)
+    cameras, texture = in_float32(cameras_around([0.1, -0.4], size_hw)), smooth_texture(16, dtype=torch.float32)
+    renderer, leaf = Renderer(topology, "cpu"), mesh[None].float().requires_grad_()
+
+    def draw():
+        out = renderer.render(leaf, texture, cameras, size_hw, antialias=True)
+        pixels, depth = project(leaf, cameras.intrinsics[:, 0], cameras.cam_from_head[:, 0])
+        (gradient,) = torch.autograd.grad(out.image.sum() + out.depth.mean() + pixels.sum(), leaf)
+        return out.triangle_id, out.image.detach(), out.depth.detach(), pixels.detach(), depth.detach(), gradient
+
+    expected = draw()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (leaf @ leaf.transpose(1, 2)).dtype == torch.bfloat16
+        under_autocast = draw()
+    for found, plain in zip(under_autocast, expected, strict=True):
+        assert torch.equal(found, plain)
+    precision = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        fast = draw()
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    for found, plain in zip(fast, expected, strict=True):
+        assert torch.equal(found, plain)
+
+
+def test_a_texture_in_half_precision_is_looked_up_at_unrounded_coordinates():
+    topology, mesh = bump()
+    cameras, texture = in_float32(cameras_around([0.1], (40, 48))), smooth_texture(64, dtype=torch.bfloat16)
+    renderer = Renderer(topology, "cpu")
+    rough, exact = (renderer.render(mesh[None].float(), t, cameras, (40, 48)).image for t in (texture, texture.float()))
+    assert torch.equal(rough, exact)
+
+
+def test_coverage_is_the_mask_until_it_is_antialiased():
+    topology, mesh = bump()
+    cameras, texture = cameras_around([0.1, -0.4], (40, 48)), smooth_texture(8)
+    renderer = Renderer(topology, "cpu")
+    plain = renderer.render(mesh[None], texture, cameras, (40, 48))
+    smooth = renderer.render(mesh[None], texture, cameras, (40, 48), antialias=True)
+    assert torch.equal(plain.coverage, plain.mask.double())
+    assert torch.equal(smooth.mask, plain.mask)
+    ones = renderer.render(mesh[None], torch.ones_like(texture), cameras, (40, 48), antialias=True)
+    torch.testing.assert_close(smooth.coverage, ones.image[:, :, 0], atol=1e-12, rtol=0)
+    assert ((smooth.coverage > 0) & (smooth.coverage < 1)).sum() > 50

@@ -52,6 +52,10 @@ def cameras_around(angles_deg, image=160, distance=600.0):
     return CameraTensors(intrinsics.expand(len(poses), -1, -1), torch.stack(poses))
 
 
+def first_camera(cameras):
+    return cameras.intrinsics[0], cameras.cam_from_head[0]
+
+
 def known_texture():
     v, u = torch.meshgrid(torch.linspace(0, 6, SIZE), torch.linspace(0, 9, SIZE), indexing="ij")
     return torch.stack([torch.sin(u), torch.cos(v), torch.sin(u + v)]) * 90 + 128
@@ -130,7 +134,7 @@ def test_the_compiled_reading_agrees_with_plain_torch(angle):
 
 def test_pixels_that_show_nothing_are_not_read():
     topology, vertices = dome_mesh()
-    camera = tuple(tensor[0] for tensor in vars(cameras_around([0])).values())
+    camera = first_camera(cameras_around([0]))
     image, valid = np.full((160, 160, 3), 200, np.uint8), np.ones((160, 160), bool)
     image[:, :80], valid[:, :80] = 0, False  # as the rim of an undistorted image
     unwrapper = Unwrapper(topology, SIZE)
@@ -167,7 +171,7 @@ def two_layers():
 def test_occluded_texels_are_not_seen():
     topology, vertices = two_layers()
     unwrapper = Unwrapper(topology, SIZE)
-    camera = tuple(tensor[0] for tensor in vars(cameras_around([0])).values())
+    camera = first_camera(cameras_around([0]))
     _, weight = unwrapper.read(unwrapper.surface(vertices), np.ones((160, 160, 3), np.uint8), *camera)
     hidden, visible = weight[13:19, 13:19], weight[3:6, 3:29]
     assert hidden.max() == 0
@@ -177,7 +181,7 @@ def test_occluded_texels_are_not_seen():
 @pytest.mark.parametrize("angle", [-15, 0, 20])
 def test_no_texel_mixes_in_the_colour_of_what_lies_before_or_behind_it(angle):
     topology, vertices = two_layers()
-    camera = tuple(tensor[0] for tensor in vars(cameras_around([angle])).values())
+    camera = first_camera(cameras_around([angle]))
     corners = (vertices @ camera[1][:, :3].T + camera[1][:, 3])[None].double().numpy()
     faces, _ = cpu.rasterize(corners, topology.faces, camera[0][None].double().numpy(), (160, 160))
     layer = np.where(faces[0] < 0, -1, faces[0] >= len(topology.faces) // 2)
