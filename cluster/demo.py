@@ -35,9 +35,9 @@ from lipflow.errors import ConfigError
 from lipflow.types import DRIVING_SIGNALS
 from pipeline import storage
 from pipeline.dome.writer import DomeConfig
-from pipeline.loader import LoaderConfig
-from pipeline.shards import ShardConfig
-from pipeline.splits import SplitConfig
+from pipeline.loading.loader import LoaderConfig
+from pipeline.sharding.shards import ShardConfig
+from pipeline.sharding.splits import SplitConfig
 
 METHODS = ("dam", "lipflow")
 

@@ -43,8 +43,8 @@ from lipflow.config import FitConfig, RenderConfig, Signal, StrictConfig
 from lipflow.errors import ConfigError
 from lipflow.model.avatar import Avatar
 from pipeline import storage
-from pipeline.loader import ShardSet
-from pipeline.splits import spread
+from pipeline.loading.loader import ShardSet
+from pipeline.sharding.splits import spread
 
 EVALUATION_FILE = "evaluation.json"
 

@@ -21,11 +21,11 @@ from cluster.command import JsonOption
 from lipflow.errors import ConfigError
 from pipeline import storage
 from pipeline.capture import Capture
-from pipeline.capture_report import CameraFacts, CaptureReport, SegmentFacts
 from pipeline.captures.opening import open_capture
-from pipeline.codecs import encode_image
-from pipeline.inspection import inspect_capture
-from pipeline.overlay import contact_sheet, draw_overlay, first_tracked_frame
+from pipeline.checks.capture_report import CameraFacts, CaptureReport, SegmentFacts
+from pipeline.checks.inspection import inspect_capture
+from pipeline.checks.overlay import contact_sheet, draw_overlay, first_tracked_frame
+from pipeline.images.codecs import encode_image
 
 _ROWS_SHOWN = 20
 """Longer tables show the rows with most missing, and one row for all others."""

@@ -26,8 +26,8 @@ from lipflow.model.avatar import Avatar
 from lipflow.render.renderer import Renderer
 from lipflow.types import FrameBatch, colour_planes
 from pipeline import storage
-from pipeline.loader import ShardSet
-from pipeline.splits import spread
+from pipeline.loading.loader import ShardSet
+from pipeline.sharding.splits import spread
 
 MEAN_FACE = "mean face"
 ENCODER = "encoder"

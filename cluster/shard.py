@@ -2,7 +2,7 @@
 
 Each shard is one idempotent Ray task; the manifest is the commit. A second run keeps every shard that is there with
 the right digest and writes only what is missing, and nothing at all where the set is complete. Jobs of the same plan
-may run at the same time; a job of another one is refused (:mod:`pipeline.shard_target`).
+may run at the same time; a job of another one is refused (:mod:`pipeline.sharding.target`).
 """
 
 from __future__ import annotations
@@ -27,10 +27,8 @@ from lipflow.config import StrictConfig
 from pipeline import storage
 from pipeline.corrupt_files import CorruptFilesError, FaultLimit
 from pipeline.manifest import Manifest, ShardRecord, SkippedFile
-from pipeline.shard_costs import FrameCost, probe_frames
-from pipeline.shard_sources import CapturePlace
-from pipeline.shard_target import check_target, claimed, count_present, remove_leftovers
-from pipeline.shards import (
+from pipeline.sharding.costs import FrameCost, probe_frames
+from pipeline.sharding.shards import (
     FETCH_OR_SKIP,
     ShardConfig,
     ShardOutcome,
@@ -44,8 +42,10 @@ from pipeline.shards import (
     plan_shards,
     reduce_statistics,
 )
-from pipeline.splits import with_split_files
-from pipeline.stats import OrderedSums
+from pipeline.sharding.sources import CapturePlace
+from pipeline.sharding.splits import with_split_files
+from pipeline.sharding.stats import OrderedSums
+from pipeline.sharding.target import check_target, claimed, count_present, remove_leftovers
 
 
 class ShardRecipe(StrictConfig):

@@ -19,7 +19,7 @@ from cluster import command
 from cluster.command import JsonOption
 from lipflow.errors import ConfigError
 from pipeline import storage
-from pipeline.shard_listing import FrameFacts, FrameListing, SetListing, list_shards, read_view, show_frame
+from pipeline.checks.shard_listing import FrameFacts, FrameListing, SetListing, list_shards, read_view, show_frame
 
 _PIPE_WIDTH = 200
 _DIGEST_SHOWN = 12

@@ -49,7 +49,7 @@ from cluster.training_loop import AVATAR_FOLDER, TrainRecipe, checkpoint_folder,
 from lipflow.checkpoint import load_avatar
 from lipflow.errors import ConfigError, LipflowError
 from pipeline import storage
-from pipeline.loader import ShardSet
+from pipeline.loading.loader import ShardSet
 
 RECIPE_FILE = "recipe.yaml"
 RUN_FILE = "run.json"

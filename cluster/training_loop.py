@@ -32,8 +32,8 @@ from lipflow.model.avatar import Avatar
 from lipflow.model.context import AvatarContext
 from lipflow.render.renderer import Renderer
 from lipflow.types import FrameBatch
-from pipeline.loader import LoaderConfig, ShardLoader, ShardSet
-from pipeline.splits import spread
+from pipeline.loading.loader import LoaderConfig, ShardLoader, ShardSet
+from pipeline.sharding.splits import spread
 
 OPTIMIZER_FILE = "optimizer.pt"
 AVATAR_FOLDER = "avatar"

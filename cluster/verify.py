@@ -20,10 +20,10 @@ from cluster.command import JsonOption
 from cluster.runtime import map_tasks, progress_bar, ray_cluster
 from pipeline.capture import Capture
 from pipeline.captures.opening import open_capture
+from pipeline.checks.shard_verification import is_shard_set, run_shards_in_process, verify_shard, verify_shards
+from pipeline.checks.verification import VerifyTask, run_in_process, verify_capture, verify_part
+from pipeline.checks.verification_report import VerifyPart, VerifyReport
 from pipeline.manifest import Manifest
-from pipeline.shard_verification import is_shard_set, run_shards_in_process, verify_shard, verify_shards
-from pipeline.verification import VerifyTask, run_in_process, verify_capture, verify_part
-from pipeline.verification_report import VerifyPart, VerifyReport
 
 IN_PROCESS_VIEWS = 400
 """Captures of at most so many views (frames times cameras) are done without Ray: half a minute of full-size images."""

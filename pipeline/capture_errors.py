@@ -1,7 +1,7 @@
 """The named faults of captures: one class for each way in which a file can be bad.
 
 ``lipflow verify`` reports the fault's name, which is the class name in words: ``VertexCountError`` is
-``vertex-count``. Faults of single images (truncated, too large) are :mod:`pipeline.codecs`' own.
+``vertex-count``. Faults of single images (truncated, too large) are :mod:`pipeline.images.codecs`' own.
 """
 
 from __future__ import annotations

@@ -17,10 +17,10 @@ from lipflow.config import StrictConfig
 from lipflow.errors import ShardSetError
 from lipflow.types import Camera
 from pipeline import storage
-from pipeline.codecs import EXTENSION_OF_CODEC, LosslessCodec
+from pipeline.images.codecs import EXTENSION_OF_CODEC, LosslessCodec
 from pipeline.sealing import ChecksumError, seal, unseal
-from pipeline.segment_names import CAPTURE_NAME, capture_name_of
-from pipeline.splits import Split
+from pipeline.sharding.segment_names import CAPTURE_NAME, capture_name_of
+from pipeline.sharding.splits import Split
 
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"

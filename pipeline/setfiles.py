@@ -6,7 +6,7 @@ import numpy as np
 
 from lipflow.errors import ShardSetError
 from lipflow.types import Normalization, Topology
-from pipeline.codecs import CodecError, decode_npz, encode_npz, resize_image
+from pipeline.images.codecs import CodecError, decode_npz, encode_npz, resize_image
 
 TOPOLOGY_NAME = "topology.npz"
 NORMALIZATION_NAME = "normalization.npz"

@@ -31,10 +31,10 @@ from pipeline.capture import Capture, CaptureFrame
 from pipeline.capture_errors import check_image_size
 from pipeline.captures.multiface import TEXTURE_FOLDER
 from pipeline.captures.opening import open_capture
-from pipeline.codecs import CodecError, decode_any_image, encode_image
 from pipeline.corrupt_files import CorruptFilesError
+from pipeline.images.codecs import CodecError, decode_any_image, encode_image
 from pipeline.manifest import SkippedFile
-from pipeline.undistort import Undistorter
+from pipeline.sharding.undistort import Undistorter
 
 AVERAGE = "average"
 DEFAULT_TEXTURE_SIZE = 1024

@@ -35,7 +35,7 @@ from pipeline.captures.goliath import is_goliath, refuse_goliath
 from pipeline.captures.headset_sequence import ZippedHeadsetSequence
 from pipeline.captures.obj import parse_obj
 from pipeline.captures.tracked import checked_vertices, parse_npy, parse_variance
-from pipeline.codecs import CodecError, decode_any_image, image_size_hw
+from pipeline.images.codecs import CodecError, decode_any_image, image_size_hw
 
 SEGMENTATION_CLASSES = {
     1: "Hair",

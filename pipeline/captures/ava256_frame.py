@@ -15,7 +15,7 @@ from pipeline.capture_errors import ImageSizeError, MissingFileError, check_imag
 from pipeline.captures.ava256_files import parse_keypoints_3d, parse_ply_vertices
 from pipeline.captures.frame_zip import FrameZip
 from pipeline.captures.tracked import parse_pose
-from pipeline.codecs import decode_any_image
+from pipeline.images.codecs import decode_any_image
 
 if TYPE_CHECKING:
     from pipeline.captures.ava256 import Ava256Capture

@@ -13,7 +13,7 @@ from pipeline import storage
 from pipeline.capture import Asset
 from pipeline.captures.ava256_files import parse_frame_list
 from pipeline.captures.frame_zip import FrameZip
-from pipeline.codecs import decode_any_image
+from pipeline.images.codecs import decode_any_image
 
 HEADSET_CAMERA_IDS = (
     "cyclop",

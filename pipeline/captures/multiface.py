@@ -29,7 +29,7 @@ from pipeline.captures.krt import parse_krt
 from pipeline.captures.multiface_frame import TEXTURE_FOLDER, MultifaceFrame, check_wav
 from pipeline.captures.obj import ObjMesh, parse_obj
 from pipeline.captures.tracked import parse_variance, parse_vertices
-from pipeline.codecs import CodecError, decode_any_image, image_size_hw
+from pipeline.images.codecs import CodecError, decode_any_image, image_size_hw
 
 __all__ = ["TEXTURE_FOLDER", "WEIGHT_MASK_UNIT", "MultifaceCapture"]
 

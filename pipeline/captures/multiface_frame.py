@@ -16,7 +16,7 @@ from pipeline import storage
 from pipeline.capture import Asset, AssetKind
 from pipeline.capture_errors import MissingFileError, check_image_size
 from pipeline.captures.tracked import parse_npy, parse_pose, parse_vertices
-from pipeline.codecs import decode_any_image
+from pipeline.images.codecs import decode_any_image
 
 if TYPE_CHECKING:
     from pipeline.captures.multiface import MultifaceCapture

@@ -21,10 +21,10 @@ from lipflow.types import Camera, Topology
 from pipeline import storage
 from pipeline.capture import Asset, Capture, CaptureFrame, SegmentListing
 from pipeline.captures.view import CaptureView
-from pipeline.codecs import CodecError
 from pipeline.driving.driven_frame import DrivenFrame, DrivingPlan, decode_texture, headset_pictures
 from pipeline.driving.headset import HEADSET_LANDMARKS, HeadsetRig, headset_rig
 from pipeline.driving.landmarks import frontal_camera_id, multiface_landmarks, read_landmarks
+from pipeline.images.codecs import CodecError
 
 _FIRST_FRAMES = 8
 _TRIES_PER_SEGMENT = 4

@@ -15,10 +15,10 @@ from lipflow.errors import CaptureError
 from lipflow.types import Camera, Topology
 from pipeline.capture import Asset, AssetKind, CaptureFrame
 from pipeline.capture_errors import MissingFileError
-from pipeline.codecs import decode_any_image, encode_image
 from pipeline.driving.headset import HeadsetRig, headset_exposure
 from pipeline.driving.landmarks import noisy_keypoints, project_landmarks
 from pipeline.driving.picture import PictureTaker
+from pipeline.images.codecs import decode_any_image, encode_image
 
 if TYPE_CHECKING:
     from pipeline.driving.driven import DrivingConfig

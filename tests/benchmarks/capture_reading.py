@@ -22,8 +22,8 @@ from rich.table import Table
 
 from pipeline.capture import Capture
 from pipeline.captures.opening import open_capture
-from pipeline.codecs import decode_any_image
 from pipeline.dome.writer import DomeConfig, write_dome
+from pipeline.images.codecs import decode_any_image
 
 
 def main() -> None:

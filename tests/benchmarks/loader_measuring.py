@@ -17,7 +17,7 @@ import loader_pictures as pictures
 from loader_pictures import PHOTO_SIZE_HW, TRAINING_SIZE_HW, StoredImages
 from timed_rows import Pass, Row, RowError
 
-from pipeline.codecs import decode_image, encode_image
+from pipeline.images.codecs import decode_image, encode_image
 
 CAMERAS = 8
 NAIVE_EQUAL, NAIVE_FULL, LIMIT, OURS = "naive, 2 PNG", "naive, 3 PNG", "limit", "ours"

@@ -20,14 +20,14 @@ from PIL import Image
 
 from pipeline import storage
 from pipeline.captures.multiface import TEXTURE_FOLDER
-from pipeline.codecs import Chroma, ImageCodec
 from pipeline.dome.writer import DomeConfig, write_dome
 from pipeline.driving.driven import DrivingConfig
+from pipeline.images.codecs import Chroma, ImageCodec
 from pipeline.manifest import Manifest, SampleRecord, ShardRecord
-from pipeline.samples import FRAME
-from pipeline.shards import ShardConfig, write_shards
-from pipeline.splits import SplitConfig
-from pipeline.tar import ShardWriter
+from pipeline.sharding.samples import FRAME
+from pipeline.sharding.shards import ShardConfig, write_shards
+from pipeline.sharding.splits import SplitConfig
+from pipeline.sharding.tar import ShardWriter
 
 PHOTO_SIZE_HW = (2048, 1334)
 TRAINING_SIZE_HW = (1024, 667)

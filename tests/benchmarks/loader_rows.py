@@ -22,9 +22,9 @@ from PIL import Image
 from timed_rows import serve
 
 from lipflow.types import FrameBatch
-from pipeline.loader import LoaderConfig, ShardLoader
-from pipeline.planar import decode_planar, planar_size_chw
-from pipeline.shardset import ShardSet
+from pipeline.images.planar import decode_planar, planar_size_chw
+from pipeline.loading.loader import LoaderConfig, ShardLoader
+from pipeline.loading.shardset import ShardSet
 
 _MAX_PIXELS = 8192 * 8192
 

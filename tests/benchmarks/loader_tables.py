@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 from timed_rows import Pass
 
-from pipeline.codecs import decode_image_into
+from pipeline.images.codecs import decode_image_into
 
 _HERE = Path(__file__).resolve().parent
 

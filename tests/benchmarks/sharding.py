@@ -39,8 +39,8 @@ DOME = DomeConfig(
 # Not ru_maxrss: that survives exec, and so is at least the peak of the process that started this one.
 PEAK = """
 import re, sys
-from pipeline.shards import ShardConfig, write_shards
-from pipeline.splits import SplitConfig
+from pipeline.sharding.shards import ShardConfig, write_shards
+from pipeline.sharding.splits import SplitConfig
 splits = SplitConfig(test_fraction=0, val_fraction=0)
 write_shards(sys.argv[1], ShardConfig(codec=sys.argv[3], frames_per_shard=4, splits=splits), sys.argv[2])
 print(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
@@ -104,7 +104,7 @@ def _ray_seconds(scratch: Path, small: str, capture: str, codec: str, workers: i
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ.setdefault("RAY_AUTH_TOKEN", os.urandom(32).hex())
     from cluster.runtime import OBJECT_STORE_BYTES, map_tasks, ray
-    from pipeline.shards import finish_shard
+    from pipeline.sharding.shards import finish_shard
 
     ray.init(
         num_cpus=workers,
@@ -138,13 +138,13 @@ def _process_seconds(scratch: Path, small: str, capture: str, codec: str, worker
 
 
 def _finish_shard(*arguments) -> None:
-    from pipeline.shards import finish_shard
+    from pipeline.sharding.shards import finish_shard
 
     finish_shard(*arguments)
 
 
 def _arguments(capture: str, codec: str, out: str) -> list[tuple]:
-    from pipeline.shards import ShardConfig, open_for_sharding, plan_shards
+    from pipeline.sharding.shards import ShardConfig, open_for_sharding, plan_shards
 
     config = ShardConfig(codec=codec, frames_per_shard=2)
     plan = plan_shards(open_for_sharding(capture, config), config)

@@ -27,7 +27,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.order import Order
+from pipeline.loading.order import Order
 
 FRAMES_PER_SHARD, FRAMES_PER_SEGMENT, WORLD_SIZE = 8, 40, 8
 MANY_SHARDS, FEW_SHARDS = 500, 20  # neither is a multiple of the lanes: cuts fall within shards; and no padding

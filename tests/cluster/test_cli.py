@@ -17,7 +17,7 @@ from cluster import cli, command
 from cluster.tracking import TrackingConfig
 from pipeline.captures.opening import open_capture
 from pipeline.dome.writer import DomeConfig, write_dome
-from pipeline.shards import ShardConfig, write_shards
+from pipeline.sharding.shards import ShardConfig, write_shards
 
 DOME = DomeConfig(
     cameras=3,

@@ -18,12 +18,12 @@ from rich.console import Console
 from cluster import command
 from cluster.inspect import inspect_command, print_report
 from pipeline import storage
-from pipeline.capture_report import CaptureReport, MissingViews
 from pipeline.captures.opening import open_capture
-from pipeline.codecs import decode_image
+from pipeline.checks.capture_report import CaptureReport, MissingViews
+from pipeline.checks.inspection import inspect_capture
+from pipeline.checks.overlay import contact_sheet, draw_overlay
 from pipeline.dome.writer import DomeConfig, write_dome
-from pipeline.inspection import inspect_capture
-from pipeline.overlay import contact_sheet, draw_overlay
+from pipeline.images.codecs import decode_image
 
 Run = Callable[..., tuple[int, str, str]]
 

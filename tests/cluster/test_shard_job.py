@@ -18,8 +18,8 @@ from cluster.tracking import TrackingConfig
 from lipflow.errors import ConfigError
 from pipeline.corrupt_files import CorruptFilesError
 from pipeline.dome.writer import DomeConfig, write_dome
-from pipeline.shards import ShardConfig, finish_shard, open_for_sharding, plan_shards, write_shards
-from pipeline.splits import SplitConfig
+from pipeline.sharding.shards import ShardConfig, finish_shard, open_for_sharding, plan_shards, write_shards
+from pipeline.sharding.splits import SplitConfig
 
 # Raised inside MLflow, about its own use of SQLAlchemy.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")

@@ -15,11 +15,11 @@ from PIL import Image
 from cluster import command
 from cluster.shards import shards_command
 from pipeline.captures.opening import open_capture
+from pipeline.checks.shard_listing import list_shards
 from pipeline.dome.writer import DomeConfig, write_dome
+from pipeline.loading.shardset import ShardSet
 from pipeline.manifest import Manifest
-from pipeline.shard_listing import list_shards
-from pipeline.shards import ShardConfig, write_shards
-from pipeline.shardset import ShardSet
+from pipeline.sharding.shards import ShardConfig, write_shards
 
 Run = Callable[..., tuple[int, str, str]]
 

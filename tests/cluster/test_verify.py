@@ -15,7 +15,7 @@ import ray
 from cluster import command, verify
 from pipeline.captures.opening import open_capture
 from pipeline.dome.writer import DomeConfig, write_dome
-from pipeline.shards import ShardConfig, write_shards
+from pipeline.sharding.shards import ShardConfig, write_shards
 
 DOME = DomeConfig(
     cameras=4,

@@ -15,9 +15,9 @@ from cluster.tracking import TrackingConfig
 from cluster.training_loop import TrainRecipe
 from lipflow.config import AvatarConfig
 from pipeline.dome.writer import DomeConfig
-from pipeline.loader import LoaderConfig
-from pipeline.shards import ShardConfig
-from pipeline.splits import SplitConfig
+from pipeline.loading.loader import LoaderConfig
+from pipeline.sharding.shards import ShardConfig
+from pipeline.sharding.splits import SplitConfig
 
 DOME = DomeConfig(
     cameras=7,

@@ -16,7 +16,7 @@ from cluster.recipe import dump_recipe
 from cluster.registry import find_version
 from cluster.tracking import TrackingConfig, initialise, open_client
 from pipeline import storage
-from pipeline.loader import ShardSet
+from pipeline.loading.loader import ShardSet
 
 # Raised inside MLflow, about its own use of SQLAlchemy.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")

@@ -25,7 +25,7 @@ from lipflow.config import FitConfig, RenderConfig
 from lipflow.render.renderer import Renderer
 from lipflow.types import DRIVING_SIGNALS
 from pipeline import storage
-from pipeline.loader import ShardSet
+from pipeline.loading.loader import ShardSet
 
 # Raised inside MLflow, about its own use of SQLAlchemy and pandas.
 pytestmark = [

@@ -12,7 +12,7 @@ import pytest
 from cluster import shard as shard_job
 from cluster.runtime import map_tasks
 from cluster.shard import ShardRecipe, shard
-from pipeline.shards import ShardConfig, write_shards
+from pipeline.sharding.shards import ShardConfig, write_shards
 
 # Raised inside MLflow, about its own use of SQLAlchemy.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")

@@ -31,7 +31,7 @@ from lipflow.errors import ConfigError
 from pipeline import storage
 from pipeline.dome.writer import DomeConfig, write_dome
 from pipeline.manifest import Manifest
-from pipeline.shards import ShardConfig, write_shards
+from pipeline.sharding.shards import ShardConfig, write_shards
 
 # Raised inside MLflow, about its own use of SQLAlchemy.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")
@@ -55,7 +55,9 @@ class Undisturbed:
 def start(s3_server) -> Callable[[str, str], multiprocessing.process.BaseProcess]:
     """Starts a writer as a process of its own: ``start(capture, out)``. The S3 server's keys are inherited."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pipeline.shards", "pipeline.captures.multiface", "s3fs", "PIL.WebPImagePlugin"])
+    context.set_forkserver_preload(
+        ["pipeline.sharding.shards", "pipeline.captures.multiface", "s3fs", "PIL.WebPImagePlugin"]
+    )
 
     def started(capture: str, out: str) -> multiprocessing.process.BaseProcess:
         process = context.Process(target=write_shards, args=(capture, CONFIG, out))

@@ -24,8 +24,8 @@ from cluster.shard import ShardRecipe, ShardSummary, shard
 from cluster.tracking import TrackingConfig
 from pipeline import storage
 from pipeline.dome.writer import DomeConfig, write_dome
-from pipeline.shards import ShardConfig
-from pipeline.shardset import ShardSet
+from pipeline.loading.shardset import ShardSet
+from pipeline.sharding.shards import ShardConfig
 from tests.integration.shard_kills import (
     STAGES,
     UNFINISHED,

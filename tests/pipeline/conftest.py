@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import tenacity
 
-from pipeline import storage_s3
 from pipeline.capture import Capture
 from pipeline.captures.opening import open_capture
 from pipeline.dome.writer import DomeConfig, write_dome
 from pipeline.manifest import Manifest
-from pipeline.shards import ShardConfig, write_shards
+from pipeline.sharding.shards import ShardConfig, write_shards
+from pipeline.storage import s3 as storage_s3
 
 SHARD_CONFIG = ShardConfig(frames_per_shard=4)
 

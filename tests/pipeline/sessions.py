@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.dome.writer import DomeConfig, write_dome
-from pipeline.shards import ShardConfig
-from pipeline.splits import SplitConfig
+from pipeline.sharding.shards import ShardConfig
+from pipeline.sharding.splits import SplitConfig
 
 DOME = DomeConfig(
     cameras=5,

@@ -27,10 +27,12 @@ import torch
 
 from lipflow.errors import LipflowError
 from lipflow.types import FrameBatch, Normalization, Topology
-from pipeline.codecs import LosslessCodec, encode_array, encode_image
-from pipeline.loader import LoaderConfig, ShardLoader, ShardSet
+from pipeline.checks.shard_verification import verify_shards
+from pipeline.images.codecs import LosslessCodec, encode_array, encode_image
+from pipeline.loading.loader import LoaderConfig, ShardLoader, ShardSet
 from pipeline.manifest import CameraRecord, CaptureRecord, Manifest, SampleRecord, ShardRecord
-from pipeline.samples import (
+from pipeline.setfiles import NORMALIZATION_NAME, TOPOLOGY_NAME, encode_normalization, encode_topology
+from pipeline.sharding.samples import (
     FRAME,
     KEYPOINTS,
     VERTICES,
@@ -38,9 +40,7 @@ from pipeline.samples import (
     headset_suffix,
     image_suffix,
 )
-from pipeline.setfiles import NORMALIZATION_NAME, TOPOLOGY_NAME, encode_normalization, encode_topology
-from pipeline.shard_verification import verify_shards
-from pipeline.tar import ShardWriter
+from pipeline.sharding.tar import ShardWriter
 from tests.pipeline import shard_member_mutations, shard_mutations  # noqa: F401 - they register themselves
 from tests.pipeline.shard_forging import MUTATIONS, Case
 

@@ -26,8 +26,8 @@ from pipeline.capture_errors import (
 from pipeline.captures.ava256 import SEGMENTATION_CLASSES, Ava256Capture
 from pipeline.captures.goliath import refuse_goliath
 from pipeline.captures.headset_sequence import HEADSET_CAMERA_IDS
-from pipeline.codecs import CodecError, decode_any_image
 from pipeline.dome.scene import dome_scene, synthesise_frame
+from pipeline.images.codecs import CodecError, decode_any_image
 from tests.pipeline import ava256_layout as layout
 
 CONFIG = layout.LAYOUT_CONFIG.model_copy(update={"missing_fraction": 0.2, "seed": 3})

@@ -13,10 +13,10 @@ from pipeline import storage
 from pipeline.captures.opening import open_capture
 from pipeline.dome.writer import dome_scene
 from pipeline.driving.driven import DrivingConfig
-from pipeline.loader import ShardSet
-from pipeline.shards import ShardConfig, write_shards
-from pipeline.splits import SplitConfig
-from pipeline.undistort import Undistorter
+from pipeline.loading.loader import ShardSet
+from pipeline.sharding.shards import ShardConfig, write_shards
+from pipeline.sharding.splits import SplitConfig
+from pipeline.sharding.undistort import Undistorter
 from tests.pipeline.ava256_layout import LAYOUT_CONFIG, write_ava256
 
 LENS = (-0.3, 0.1, 0.002, -0.001)

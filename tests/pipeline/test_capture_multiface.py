@@ -17,7 +17,7 @@ from pipeline.captures.krt import format_krt, parse_krt
 from pipeline.captures.multiface_frame import check_wav
 from pipeline.captures.obj import ObjMesh, format_obj, parse_obj
 from pipeline.captures.opening import open_capture
-from pipeline.codecs import CodecError
+from pipeline.images.codecs import CodecError
 
 BLOCK = "{}\n100 0 8\n0 100 12\n0 0 1\n0 0 0 0 0\n1 0 0 0\n0 1 0 0\n0 0 1 900\n\n"
 MESH = ObjMesh(

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline import codecs
-from pipeline.codecs import (
+from pipeline.images import codecs
+from pipeline.images.codecs import (
     CodecError,
     decode_array,
     decode_image,

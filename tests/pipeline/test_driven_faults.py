@@ -12,9 +12,9 @@ from PIL import Image
 from lipflow.errors import CaptureError
 from pipeline.capture import Capture
 from pipeline.captures.opening import open_capture
-from pipeline.codecs import decode_any_image, encode_image
 from pipeline.driving.driven import DrivingConfig, with_driving
 from pipeline.driving.headset import HEADSET_LANDMARKS
+from pipeline.images.codecs import decode_any_image, encode_image
 
 QUIET = DrivingConfig(headset_image_size_hw=(24, 32), headset_noise_std=0.0)
 

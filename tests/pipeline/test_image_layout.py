@@ -9,10 +9,10 @@ import torch
 
 from lipflow.types import colour_planes, map_tensors
 from pipeline.capture import Capture
-from pipeline.codecs import ImageCodec
-from pipeline.loader import LoaderConfig, ShardLoader, ShardSet
-from pipeline.shard_plan import ShardConfig
-from pipeline.shards import write_shards
+from pipeline.images.codecs import ImageCodec
+from pipeline.loading.loader import LoaderConfig, ShardLoader, ShardSet
+from pipeline.sharding.plan import ShardConfig
+from pipeline.sharding.shards import write_shards
 
 
 @pytest.mark.parametrize("codec", ["png", "jpeg", "planar"])

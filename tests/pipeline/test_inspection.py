@@ -18,10 +18,10 @@ from lipflow.types import Camera
 from pipeline import storage
 from pipeline.capture import Capture, SegmentListing
 from pipeline.capture_errors import SingularIntrinsicsError
-from pipeline.capture_report import CaptureReport
 from pipeline.captures.opening import open_capture
+from pipeline.checks.capture_report import CaptureReport
+from pipeline.checks.inspection import distortion_shift_px, inspect_capture
 from pipeline.dome.scene import synthesise_frame
-from pipeline.inspection import distortion_shift_px, inspect_capture
 from tests.pipeline.ava256_layout import LAYOUT_CONFIG, planned_frames, planned_headset_frames, write_ava256
 
 

@@ -17,14 +17,15 @@ from PIL import Image
 from lipflow.errors import ConfigError, ShardSetError
 from lipflow.render.camera import project
 from lipflow.types import FrameBatch
-from pipeline import cache, storage
+from pipeline import storage
 from pipeline.capture import Capture
-from pipeline.codecs import ImageCodec
-from pipeline.loader import PADDING_FRAME_ID, LoaderConfig, ShardLoader, ShardSet, prefetch_to_device
-from pipeline.pixel_memory import PixelMemory
-from pipeline.shard_plan import ShardConfig
-from pipeline.shards import write_shards
-from pipeline.shards_ahead import ShardsAhead
+from pipeline.images.codecs import ImageCodec
+from pipeline.loading import cache
+from pipeline.loading.loader import PADDING_FRAME_ID, LoaderConfig, ShardLoader, ShardSet, prefetch_to_device
+from pipeline.loading.pixel_memory import PixelMemory
+from pipeline.loading.shards_ahead import ShardsAhead
+from pipeline.sharding.plan import ShardConfig
+from pipeline.sharding.shards import write_shards
 
 CONFIG = LoaderConfig(frames_per_batch=4, views_per_frame=2, window_shards=2, decode_threads=2)
 

@@ -9,10 +9,10 @@ import pytest
 
 from lipflow.errors import ConfigError, ShardSetError
 from pipeline.capture import Capture
+from pipeline.loading.shardset import ShardSet
 from pipeline.manifest import Manifest, ShardSetVersionError
 from pipeline.sealing import ChecksumError, seal, unseal
-from pipeline.shards import ShardConfig, write_shards
-from pipeline.shardset import ShardSet
+from pipeline.sharding.shards import ShardConfig, write_shards
 from tests.pipeline.sealed_manifests import read_manifest, write_manifest
 
 

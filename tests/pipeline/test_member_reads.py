@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from lipflow.errors import ShardSetError
-from pipeline import loader as loader_module
-from pipeline import member_reads, storage
-from pipeline.loader import LoaderConfig, ShardLoader, ShardSet
-from pipeline.member_reads import read_mesh_and_texture
+from pipeline import storage
+from pipeline.checks.shard_listing import read_view, show_frame
+from pipeline.loading import loader as loader_module
+from pipeline.loading import member_reads
+from pipeline.loading.loader import LoaderConfig, ShardLoader, ShardSet
+from pipeline.loading.member_reads import read_mesh_and_texture
 from pipeline.sealing import ChecksumError
-from pipeline.shard_listing import read_view, show_frame
 
 CONFIG = LoaderConfig(frames_per_batch=4, views_per_frame=2, window_shards=2, decode_threads=2)
 

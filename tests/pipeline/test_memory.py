@@ -23,10 +23,11 @@ from pipeline.captures.opening import open_capture
 print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 """
 JOBS = {
-    "inspect": "from pipeline.inspection import inspect_capture\ninspect_capture(open_capture(sys.argv[1]))",
-    "verify": "from pipeline.verification import verify_capture\nverify_capture(sys.argv[1])",
+    "inspect": "from pipeline.checks.inspection import inspect_capture\ninspect_capture(open_capture(sys.argv[1]))",
+    "verify": "from pipeline.checks.verification import verify_capture\nverify_capture(sys.argv[1])",
     "shard": (
-        "from pipeline.shards import ShardConfig, write_shards\nfrom pipeline.splits import SplitConfig\n"
+        "from pipeline.sharding.shards import ShardConfig, write_shards\n"
+        "from pipeline.sharding.splits import SplitConfig\n"
         "splits = SplitConfig(test_fraction=0, val_fraction=0)\n"
         "write_shards(open_capture(sys.argv[1]), ShardConfig(frames_per_shard=8, splits=splits), sys.argv[2])"
     ),

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.verification import verify_capture
-from pipeline.verification_report import VerifyReport
+from pipeline.checks.verification import verify_capture
+from pipeline.checks.verification_report import VerifyReport
 from tests.pipeline.ava256_layout import LAYOUT_CONFIG, read_zip, write_ava256, write_zip
 
 Change = Callable[[Path], None]

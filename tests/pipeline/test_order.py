@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lipflow.errors import ConfigError
-from pipeline.order import PADDING, Order
+from pipeline.loading.order import PADDING, Order
 
 epochs = st.integers(0, 1000)
 

@@ -17,15 +17,15 @@ from lipflow.errors import CaptureError
 from lipflow.render.camera import compose, project
 from lipflow.render.lens import undistort
 from lipflow.types import Camera
-from pipeline import overlay
 from pipeline.capture import Capture
 from pipeline.capture_errors import ImageSizeError, MissingFileError
 from pipeline.captures.krt import format_krt
 from pipeline.captures.opening import open_capture
-from pipeline.codecs import decode_any_image, encode_image
+from pipeline.checks import overlay
+from pipeline.checks.inspection import distortion_shift_px
+from pipeline.checks.overlay import contact_sheet, coverage, draw_overlay, first_tracked_frame, project_mesh
 from pipeline.dome.writer import DomeConfig, write_dome
-from pipeline.inspection import distortion_shift_px
-from pipeline.overlay import contact_sheet, coverage, draw_overlay, first_tracked_frame, project_mesh
+from pipeline.images.codecs import decode_any_image, encode_image
 from tests.pipeline.ava256_layout import LAYOUT_CONFIG, write_ava256
 
 LENS = np.array([-3.0, 20.0, 0.02, -0.02, 5.0])

@@ -11,7 +11,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.planar import (
+from pipeline.images.planar import (
     PlanarFormatError,
     PlanarTooLargeError,
     decode_planar,

@@ -14,9 +14,9 @@ import pytest
 from pipeline.capture import Capture
 from pipeline.captures.obj import ObjMesh, format_obj
 from pipeline.captures.opening import open_capture
-from pipeline.codecs import decode_any_image
-from pipeline.inspection import inspect_capture
-from pipeline.overlay import coverage, draw_overlay, project_mesh
+from pipeline.checks.inspection import inspect_capture
+from pipeline.checks.overlay import coverage, draw_overlay, project_mesh
+from pipeline.images.codecs import decode_any_image
 
 FACE = Path(__file__).resolve().parents[3] / "shared" / "assets" / "realface"
 SEGMENT, STEM = "EXP_cheeks_puffed", "000000"

@@ -15,14 +15,14 @@ from lipflow.errors import ConfigError, ShardSetError
 from lipflow.render.camera import compose
 from pipeline.capture import Capture
 from pipeline.captures.opening import open_capture
-from pipeline.loader import PADDING_FRAME_ID, LoaderConfig, ShardLoader
+from pipeline.checks.shard_listing import list_shards, show_frame
+from pipeline.checks.shard_verification import verify_shards
+from pipeline.loading.loader import PADDING_FRAME_ID, LoaderConfig, ShardLoader
+from pipeline.loading.member_reads import read_mesh_and_texture
+from pipeline.loading.shardset import ShardSet
 from pipeline.manifest import Manifest
-from pipeline.member_reads import read_mesh_and_texture
-from pipeline.shard_listing import list_shards, show_frame
-from pipeline.shard_verification import verify_shards
-from pipeline.shards import plan_shards, write_shard, write_shards
-from pipeline.shardset import ShardSet
-from pipeline.splits import SplitConfig
+from pipeline.sharding.shards import plan_shards, write_shard, write_shards
+from pipeline.sharding.splits import SplitConfig
 from tests.pipeline.sealed_manifests import read_manifest, write_manifest
 from tests.pipeline.sessions import ABSENT, CONFIG, write_sessions
 

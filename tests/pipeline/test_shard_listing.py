@@ -12,10 +12,10 @@ from PIL import Image
 from lipflow.errors import ShardSetError
 from pipeline import storage
 from pipeline.capture import Capture
+from pipeline.checks.shard_listing import list_shards, read_view, show_frame
+from pipeline.loading.shardset import ShardSet
 from pipeline.manifest import Manifest
 from pipeline.sealing import ChecksumError
-from pipeline.shard_listing import list_shards, read_view, show_frame
-from pipeline.shardset import ShardSet
 from tests.pipeline.sealed_manifests import read_manifest, with_crcs_of, write_manifest
 
 

@@ -13,9 +13,9 @@ from lipflow.errors import ConfigError
 from pipeline.capture import Capture
 from pipeline.captures.opening import open_capture
 from pipeline.dome.writer import write_dome
-from pipeline.shard_sources import named_captures, open_for_sharding
-from pipeline.shards import plan_shards
-from pipeline.splits import SplitConfig
+from pipeline.sharding.shards import plan_shards
+from pipeline.sharding.sources import named_captures, open_for_sharding
+from pipeline.sharding.splits import SplitConfig
 from tests.pipeline.sessions import ABSENT, CONFIG, DOME, write_sessions
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import shard_members, storage
-from pipeline.codecs import decode_npz, encode_npz
+from pipeline import storage
+from pipeline.checks import shard_members
+from pipeline.checks.shard_verification import is_shard_set, verify_shard, verify_shards
+from pipeline.checks.verification_report import VerifyReport
+from pipeline.images.codecs import decode_npz, encode_npz
 from pipeline.manifest import Manifest, SampleRecord, ShardRecord
-from pipeline.shard_verification import is_shard_set, verify_shard, verify_shards
-from pipeline.verification_report import VerifyReport
 from tests.pipeline.sealed_manifests import read_manifest, with_crcs_of, write_manifest
 
 

@@ -19,21 +19,22 @@ import webdataset
 from PIL import Image
 
 from lipflow.errors import CaptureError, ConfigError, ShardSetError
-from pipeline import shards, storage
+from pipeline import storage
 from pipeline.capture import Capture
 from pipeline.captures.opening import open_capture
-from pipeline.codecs import LosslessCodec, decode_any_image, decode_image
 from pipeline.corrupt_files import CorruptFilesError
+from pipeline.images.codecs import LosslessCodec, decode_any_image, decode_image
+from pipeline.loading.member_reads import read_mesh_and_texture
+from pipeline.loading.shardset import ShardSet
 from pipeline.manifest import Manifest
-from pipeline.member_reads import read_mesh_and_texture
-from pipeline.samples import SampleEncoder, average_texture_suffix
-from pipeline.shard_costs import probe_frames
-from pipeline.shard_target import claimed, read_sidecar
-from pipeline.shards import ShardConfig, find_committed, plan_shards, write_shard, write_shards
-from pipeline.shardset import ShardSet
-from pipeline.splits import SplitConfig
-from pipeline.stats import OrderedSums, merge
-from pipeline.undistort import Undistorter
+from pipeline.sharding import shards
+from pipeline.sharding.costs import probe_frames
+from pipeline.sharding.samples import SampleEncoder, average_texture_suffix
+from pipeline.sharding.shards import ShardConfig, find_committed, plan_shards, write_shard, write_shards
+from pipeline.sharding.splits import SplitConfig
+from pipeline.sharding.stats import OrderedSums, merge
+from pipeline.sharding.target import claimed, read_sidecar
+from pipeline.sharding.undistort import Undistorter
 from tests.pipeline.sealed_manifests import read_manifest, write_manifest
 
 CONFIG = ShardConfig(frames_per_shard=4)

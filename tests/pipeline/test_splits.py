@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lipflow.errors import ConfigError
-from pipeline.splits import SplitConfig, split_cameras, split_segments, with_split_files
+from pipeline.sharding.splits import SplitConfig, split_cameras, split_segments, with_split_files
 
 
 def _capture(segments: int = 10, cameras: int = 12, frontal: int = 5) -> SimpleNamespace:

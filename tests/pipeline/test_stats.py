@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from lipflow.errors import CaptureError
 from pipeline.capture import Capture
-from pipeline.shards import ShardConfig, plan_shards, reduce_statistics, shard_statistics
-from pipeline.shardset import ShardSet
-from pipeline.stats import merge, normalization_from, sum_frames
+from pipeline.loading.shardset import ShardSet
+from pipeline.sharding.shards import ShardConfig, plan_shards, reduce_statistics, shard_statistics
+from pipeline.sharding.stats import merge, normalization_from, sum_frames
 
 
 def _frames(count: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -12,9 +12,10 @@ import pytest
 from botocore.exceptions import ClientError
 
 from lipflow.errors import StorageError
-from pipeline import storage, storage_s3
-from pipeline.storage_errors import explain
-from pipeline.storage_s3_settings import RetrySettings, configured_endpoint, settings_for_endpoint
+from pipeline import storage
+from pipeline.storage import s3 as storage_s3
+from pipeline.storage.errors import explain
+from pipeline.storage.s3_settings import RetrySettings, configured_endpoint, settings_for_endpoint
 
 
 @pytest.fixture(params=["file", "s3"])

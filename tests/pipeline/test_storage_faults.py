@@ -14,13 +14,14 @@ import torch
 
 from lipflow.errors import StorageError
 from lipflow.types import FrameBatch
-from pipeline import storage, storage_s3
+from pipeline import storage
 from pipeline.captures.opening import open_capture
 from pipeline.dome.writer import DomeConfig, write_dome
-from pipeline.loader import LoaderConfig, ShardLoader
-from pipeline.shards import ShardConfig, write_shards
-from pipeline.shardset import ShardSet
-from pipeline.storage_s3_settings import RetrySettings
+from pipeline.loading.loader import LoaderConfig, ShardLoader
+from pipeline.loading.shardset import ShardSet
+from pipeline.sharding.shards import ShardConfig, write_shards
+from pipeline.storage import s3 as storage_s3
+from pipeline.storage.s3_settings import RetrySettings
 from tests.pipeline.fault_proxy import FAULTS, FaultProxy, fault_proxy
 
 DOME = DomeConfig(

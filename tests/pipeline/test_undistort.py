@@ -10,7 +10,7 @@ from lipflow.errors import CaptureError
 from lipflow.render.lens import distort, undistort, valid_radius
 from lipflow.types import Camera
 from pipeline.capture_errors import ImageSizeError
-from pipeline.undistort import Undistorter
+from pipeline.sharding.undistort import Undistorter
 
 SIZE_HW = (240, 180)
 INTRINSICS = np.array([[300.0, 0.4, 92.3], [0, 290.0, 117.8], [0, 0, 1]])

@@ -15,9 +15,9 @@ from pipeline import storage
 from pipeline.capture import Asset, Capture
 from pipeline.captures.multiface import MultifaceCapture
 from pipeline.captures.opening import open_capture
+from pipeline.checks.verification import plan_verification, verify_capture, verify_part
+from pipeline.checks.verification_report import report_of
 from pipeline.dome.writer import DomeConfig, plan_dome, write_dome
-from pipeline.verification import plan_verification, verify_capture, verify_part
-from pipeline.verification_report import report_of
 from tests.pipeline.ava256_layout import LAYOUT_CONFIG, write_ava256
 
 LARGE = DomeConfig(

@@ -8,11 +8,11 @@ from functools import partial
 from typing import Protocol
 
 from pipeline import storage
-from pipeline.cache import ShardCache
-from pipeline.frames import MemberReader
+from pipeline.loading.cache import ShardCache
+from pipeline.loading.frames import MemberReader
+from pipeline.loading.member_reads import fetch_members
+from pipeline.loading.shards_ahead import ShardsAhead
 from pipeline.manifest import SampleRecord, ShardRecord
-from pipeline.member_reads import fetch_members
-from pipeline.shards_ahead import ShardsAhead
 
 
 class ShardReads(Protocol):

@@ -2,7 +2,7 @@
 
 Every write is atomic: the whole object appears, or nothing does. Reads and writes are retried, a bounded
 number of times and with jittered back-off, on throttling, server errors, resets, time-outs and short bodies
-(:mod:`pipeline.storage_s3_settings` states how often and how long); nothing else is retried. Whatever goes wrong is
+(:mod:`pipeline.storage.s3_settings` states how often and how long); nothing else is retried. Whatever goes wrong is
 a :class:`~lipflow.errors.StorageError` of one line that names the address and the remedy.
 
 S3 is configured by the environment only (``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``,
@@ -24,11 +24,11 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from lipflow.errors import StorageError
-from pipeline import storage_s3
-from pipeline.storage_address import is_local, join, local_path, normalize_uri
-from pipeline.storage_errors import explain, is_not_found
-from pipeline.storage_s3 import EndOfObjectError, ShortBodyError, retrying
-from pipeline.storage_s3_streams import fetch_to_file, open_object, open_upload
+from pipeline.storage import s3 as storage_s3
+from pipeline.storage.address import is_local, join, local_path, normalize_uri
+from pipeline.storage.errors import explain, is_not_found
+from pipeline.storage.s3 import EndOfObjectError, ShortBodyError, retrying
+from pipeline.storage.s3_streams import fetch_to_file, open_object, open_upload
 
 _Result = TypeVar("_Result")
 _CHUNK_BYTES = 16 * 2**20

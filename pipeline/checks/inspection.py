@@ -1,7 +1,7 @@
 """What is in a capture, and what it lacks: counts of everything, from listings and a few headers alone.
 
 The facts are those of storage against the capture's own frame list and calibration. Whether a file that is there can
-be used is another question, which decoding it answers (:mod:`pipeline.verification`).
+be used is another question, which decoding it answers (:mod:`pipeline.checks.verification`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from lipflow.render.lens import distort, valid_radius
 from lipflow.types import Camera
 from pipeline.capture import Capture, HeadsetSequence
-from pipeline.capture_report import (
+from pipeline.checks.capture_report import (
     CameraFacts,
     CaptureReport,
     DrivingFacts,

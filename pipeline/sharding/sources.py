@@ -19,10 +19,10 @@ from pipeline.capture import Capture
 from pipeline.captures.opening import open_capture
 from pipeline.captures.view import SelectedCameras
 from pipeline.driving.driven import DrivingConfig, with_driving
-from pipeline.samples import SampleSettings
-from pipeline.segment_names import CAPTURE_NAME, stored_segment
-from pipeline.shard_config import ShardConfig
-from pipeline.splits import split_cameras
+from pipeline.sharding.config import ShardConfig
+from pipeline.sharding.samples import SampleSettings
+from pipeline.sharding.segment_names import CAPTURE_NAME, stored_segment
+from pipeline.sharding.splits import split_cameras
 
 Captures = Capture | str | Mapping[str, Capture | str]
 """An open capture, or its URI; several by name. The name of an only one is not used."""
@@ -143,7 +143,7 @@ def open_for_sharding(captures: Captures, config: ShardConfig) -> ShardSources:
 
     Args:
         captures: one, or several by name; their order does not matter.
-        config: with splits that name no files any more; see :func:`pipeline.splits.with_split_files`.
+        config: with splits that name no files any more; see :func:`pipeline.sharding.splits.with_split_files`.
 
     Raises:
         CaptureError: there is no such capture.

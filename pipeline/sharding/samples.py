@@ -3,7 +3,7 @@
 ::
 
     SEG/FRAME.verts.npy.zst       (V, 3) float32 mm, head frame
-    SEG/FRAME.avgtex.plz          average texture, row 0 is v = 1; lossless, see pipeline.planar (or .png, .webp)
+    SEG/FRAME.avgtex.plz          average texture, row 0 is v = 1; lossless, see pipeline.images.planar (or .png, .webp)
     SEG/FRAME.keypoints.npy.zst   (L, 3) float32 x_px, y_px, confidence; pixels of the stored frontal image
     SEG/FRAME.hmc-NAME.png        headset views, monochrome
     SEG/FRAME.CAMERA.image.png    camera images, at the stored size
@@ -26,7 +26,7 @@ from lipflow.render.unwrap import TextureAverage
 from lipflow.types import Camera
 from pipeline.capture import Capture, CaptureFrame
 from pipeline.capture_errors import check_image_size
-from pipeline.codecs import (
+from pipeline.images.codecs import (
     EXTENSION_OF_CODEC,
     Chroma,
     CodecError,
@@ -40,9 +40,9 @@ from pipeline.codecs import (
     resize_image,
 )
 from pipeline.manifest import SkippedFile
-from pipeline.segment_names import stored_segment
-from pipeline.tar import check_member_name
-from pipeline.undistort import Undistorter
+from pipeline.sharding.segment_names import stored_segment
+from pipeline.sharding.tar import check_member_name
+from pipeline.sharding.undistort import Undistorter
 from pipeline.unwrapping import FrameUnwrapper
 
 _Read = TypeVar("_Read")

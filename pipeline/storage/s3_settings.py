@@ -15,7 +15,7 @@ chain (environment, profile, container and instance metadata). Four variables ch
 **Bound.** Against a server that answers every request with an error an operation fails after
 :attr:`RetrySettings.longest_wait_s` (12.6 s by default) of waiting; against one that stays silent after that and
 ``max_attempts`` times the read time-out (225 s); no single request
-takes longer than :data:`pipeline.storage_s3.REQUEST_TIMEOUT_S`. Writing a large object doubles this, as its parts are
+takes longer than :data:`pipeline.storage.s3.REQUEST_TIMEOUT_S`. Writing a large object doubles this, as its parts are
 removed after the failure.
 """
 

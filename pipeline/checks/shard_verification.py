@@ -19,7 +19,9 @@ import numpy as np
 from lipflow.errors import LipflowError, ShardSetError
 from pipeline import storage
 from pipeline.captures.tracked import check_camera, checked_vertices, parse_pose
-from pipeline.codecs import (
+from pipeline.checks.shard_members import DigestedShard, ShardMemberError, plain_members
+from pipeline.checks.verification_report import BadFile, FaultList, VerifyPart, VerifyReport, report_of
+from pipeline.images.codecs import (
     EXTENSION_OF_CODEC,
     MAX_ARRAY_BYTES,
     ImageMode,
@@ -27,9 +29,10 @@ from pipeline.codecs import (
     decode_image,
     image_size_hw,
 )
+from pipeline.loading.member_reads import check_crc32
 from pipeline.manifest import MANIFEST_NAME, Manifest, SampleRecord, ShardRecord
-from pipeline.member_reads import check_crc32
-from pipeline.samples import (
+from pipeline.setfiles import NORMALIZATION_NAME, TOPOLOGY_NAME, decode_normalization, decode_topology
+from pipeline.sharding.samples import (
     FRAME,
     KEYPOINTS,
     VERTICES,
@@ -38,9 +41,6 @@ from pipeline.samples import (
     image_suffix,
     view_texture_suffix,
 )
-from pipeline.setfiles import NORMALIZATION_NAME, TOPOLOGY_NAME, decode_normalization, decode_topology
-from pipeline.shard_members import DigestedShard, ShardMemberError, plain_members
-from pipeline.verification_report import BadFile, FaultList, VerifyPart, VerifyReport, report_of
 
 LAYOUT = "shards"
 

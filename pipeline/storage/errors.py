@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pipeline.storage_s3 import EndOfObjectError, error_code, is_transient, one_line
-from pipeline.storage_s3_settings import RetrySettings, configured_endpoint
+from pipeline.storage.s3 import EndOfObjectError, error_code, is_transient, one_line
+from pipeline.storage.s3_settings import RetrySettings, configured_endpoint
 
 # A HEAD has no body: its errors carry the status for a code, and an expired token is no more than a bad request.
 _NOT_FOUND_CODES = frozenset({"NoSuchKey", "NoSuchBucket", "NotFound", "404"})

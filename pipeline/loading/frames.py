@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lipflow.errors import ShardSetError
-from pipeline.codecs import (
+from pipeline.images.codecs import (
     CodecError,
     LosslessCodec,
     decode_array,
@@ -28,9 +28,9 @@ from pipeline.codecs import (
     decode_image_into,
     is_interleaved,
 )
+from pipeline.loading.pixel_memory import PixelMemory
 from pipeline.manifest import Manifest, SampleRecord
-from pipeline.pixel_memory import PixelMemory
-from pipeline.samples import FRAME, KEYPOINTS, VERTICES, average_texture_suffix, headset_suffix, image_suffix
+from pipeline.sharding.samples import FRAME, KEYPOINTS, VERTICES, average_texture_suffix, headset_suffix, image_suffix
 
 _NPY_HEADER_BYTES = 1024
 

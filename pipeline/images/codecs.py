@@ -20,9 +20,9 @@ import zstandard
 from PIL import Image, UnidentifiedImageError, features
 
 from lipflow.errors import ConfigError, LipflowError
-from pipeline.jpeg import JpegFormatError, decode_jpeg, jpeg_size_hw
-from pipeline.packed_pixels import drop_fourth, packed_pixels, split_planes
-from pipeline.planar import PlanarFormatError, PlanarTooLargeError, decode_planar, encode_planar, planar_size_chw
+from pipeline.images.jpeg import JpegFormatError, decode_jpeg, jpeg_size_hw
+from pipeline.images.packed_pixels import drop_fourth, packed_pixels, split_planes
+from pipeline.images.planar import PlanarFormatError, PlanarTooLargeError, decode_planar, encode_planar, planar_size_chw
 
 ImageCodec = Literal["png", "webp", "jpeg", "avif", "planar"]
 LosslessCodec = Literal["png", "webp", "planar"]
@@ -271,7 +271,7 @@ def is_plain_png(body: bytes, mode: ImageMode) -> bool:
 def encode_image(image: np.ndarray, codec: ImageCodec, quality: int = 95, chroma: Chroma = "444") -> bytes:
     """Encode ``(H, W)``, ``(H, W, 3)`` or, but for JPEG and planar, ``(H, W, 4)`` uint8.
 
-    PNG, WebP and planar (:mod:`pipeline.planar`) are lossless; ``quality`` and ``chroma`` are for JPEG and AVIF.
+    PNG, WebP and planar (:mod:`pipeline.images.planar`) are lossless; ``quality`` and ``chroma`` are for JPEG and AVIF.
     """
     subsampling = ":".join(chroma)
     target = io.BytesIO()

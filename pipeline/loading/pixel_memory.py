@@ -2,7 +2,8 @@
 
 The pages of fresh memory are made one by one as they are first written, and given back when it is freed: for a batch
 of full-size images that takes as long as writing to it. What the dimensions mean, and so the layout of the pixels, is
-up to the caller (:meth:`pipeline.frames.FrameReader.allocate`): a view in another order holds the memory just as well.
+up to the caller (:meth:`pipeline.loading.frames.FrameReader.allocate`): a view in another order holds the memory just
+as well.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from lipflow.config import StrictConfig
 from lipflow.errors import ConfigError
 from lipflow.types import Camera
 from pipeline import storage
-from pipeline.segment_names import SEPARATOR
+from pipeline.sharding.segment_names import SEPARATOR
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")

@@ -7,9 +7,9 @@ from typing import Literal
 from pydantic import Field
 
 from lipflow.config import StrictConfig
-from pipeline.codecs import Chroma, ImageCodec, LosslessCodec, ResizeFilter
 from pipeline.driving.driven import DrivingConfig
-from pipeline.splits import SplitConfig
+from pipeline.images.codecs import Chroma, ImageCodec, LosslessCodec, ResizeFilter
+from pipeline.sharding.splits import SplitConfig
 
 
 class ShardConfig(StrictConfig):
@@ -23,8 +23,8 @@ class ShardConfig(StrictConfig):
         chroma: of the lossy codecs: ``"420"`` stores the differences of colour at half the size each way. On a real
             photo as jpeg at quality 95 that is 42.7 dB in place of 43.7, three quarters of the bytes, and seven tenths
             of the time to decode.
-        texture_codec: of the average textures, all lossless. ``planar`` (:mod:`pipeline.planar`) decodes in a seventh
-            of PNG's time; ``png`` is a format that everything reads, and passes the capture's files through.
+        texture_codec: of the average textures, all lossless. ``planar`` (:mod:`pipeline.images.planar`) decodes in a
+            seventh of PNG's time; ``png`` is a format that everything reads, and passes the capture's files through.
         resize_filter: ``box`` averages the pixels that fall into one; ``lanczos`` is sharper and rings.
         target_shard_bytes: size of a shard, from which the number of its frames is chosen: a few frames are encoded
             to learn their size.

@@ -2,7 +2,7 @@
 
 By botocore's own client instead of s3fs's, whose event loop collects the pieces of a body, joins them and so moves
 every byte four times: a local server gave 0.5 to 0.7 GiB a second of CPU time that way, and gives 1.0 this way.
-Settings, retries and bounds are those of :mod:`pipeline.storage_s3`.
+Settings, retries and bounds are those of :mod:`pipeline.storage.s3`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from pipeline.storage_s3 import (
+from pipeline.storage.s3 import (
     REQUEST_TIMEOUT_S,
     ShortBodyError,
     check_range,
@@ -21,7 +21,7 @@ from pipeline.storage_s3 import (
     retrying,
     s3_environment,
 )
-from pipeline.storage_s3_settings import configured_endpoint
+from pipeline.storage.s3_settings import configured_endpoint
 
 if TYPE_CHECKING:
     from botocore.client import BaseClient
@@ -41,7 +41,7 @@ def copy_range(path: str, offset: int, length: int, etag: str, descriptor: int) 
     """Write ``length > 0`` bytes from ``offset`` on to the same place of an open file, if the object is still that one.
 
     Raises:
-        Exception: what botocore raises, or one of :mod:`pipeline.storage_s3`, after the last attempt.
+        Exception: what botocore raises, or one of :mod:`pipeline.storage.s3`, after the last attempt.
     """
     retrying(lambda: _copy_range(path, offset, length, etag, descriptor))
 

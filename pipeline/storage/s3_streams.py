@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
-from pipeline.storage_s3 import (
+from pipeline.storage.s3 import (
     error_code,
     get_range,
     head_object,
@@ -24,7 +24,7 @@ from pipeline.storage_s3 import (
     retrying,
     send_once,
 )
-from pipeline.storage_s3_bulk import copy_range
+from pipeline.storage.s3_bulk import copy_range
 
 _PART_BYTES = 16 * 2**20
 _PARALLEL_RANGES = 4

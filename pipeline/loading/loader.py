@@ -1,10 +1,10 @@
 """Batches of F frames x K views for training.
 
-The order is that of :mod:`pipeline.order`; shards come through :mod:`pipeline.cache`, fetched and checked before they
-are needed; images are decoded by a pool of threads, some batches ahead, straight into the memory of their batch. What
-touches pixels gives the GIL back. Pixels stay uint8 until they are on the training device, where the model normalises
-them. Going on in the middle of an epoch takes no more than its number: nothing that was seen is read again. Errors are
-raised, never skipped.
+The order is that of :mod:`pipeline.loading.order`; shards come through :mod:`pipeline.loading.cache`, fetched and
+checked before they are needed; images are decoded by a pool of threads, some batches ahead, straight into the memory of
+their batch. What touches pixels gives the GIL back. Pixels stay uint8 until they are on the training device, where the
+model normalises them. Going on in the middle of an epoch takes no more than its number: nothing that was seen is read
+again. Errors are raised, never skipped.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from lipflow.config import StrictConfig
 from lipflow.errors import ConfigError, ShardSetError
 from lipflow.types import DRIVING_SIGNALS, FrameBatch, map_tensors
 from pipeline import storage
-from pipeline.cache import ShardCache, ShardCheck
-from pipeline.frames import BatchPixels, FrameArrays, FramePiece, FrameReader, MemberReader
+from pipeline.loading.cache import ShardCache, ShardCheck
+from pipeline.loading.frames import BatchPixels, FrameArrays, FramePiece, FrameReader, MemberReader
+from pipeline.loading.order import PADDING, Order
+from pipeline.loading.shard_reads import CachedShardReads, ShardReads, SingleMemberReads
+from pipeline.loading.shards_ahead import ShardsAhead
+from pipeline.loading.shardset import ShardSet
 from pipeline.manifest import SampleRecord
-from pipeline.order import PADDING, Order
-from pipeline.samples import image_suffix
-from pipeline.shard_reads import CachedShardReads, ShardReads, SingleMemberReads
-from pipeline.shards_ahead import ShardsAhead
-from pipeline.shardset import ShardSet
+from pipeline.sharding.samples import image_suffix
 
 PADDING_FRAME_ID = ""
 """The id of a frame that only fills a batch: none of its views is present, and it must not be counted."""
@@ -53,8 +53,8 @@ class LoaderConfig(StrictConfig):
         frames_per_batch: F, frames of each batch of each rank.
         views_per_frame: K, views of each frame in a batch.
         visits_per_epoch: visits of each frame in an epoch, each with K other views; None: until all were used.
-        window_shards: shards that each of the frames_per_batch lanes has open at a time (see :mod:`pipeline.order`):
-            more mix better and take more of the local disk.
+        window_shards: shards that each of the frames_per_batch lanes has open at a time (see
+            :mod:`pipeline.loading.order`): more mix better and take more of the local disk.
         seed: of the order.
         signals: driving signals that are decoded; the frontal image costs as much as one more view.
         decode_threads: threads that read and decode.

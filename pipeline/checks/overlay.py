@@ -24,7 +24,7 @@ from lipflow.render.lens import distort, valid_radius
 from lipflow.types import Camera
 from pipeline.capture import Capture, CaptureFrame
 from pipeline.capture_errors import check_image_size, fault_name
-from pipeline.codecs import CodecError, decode_any_image
+from pipeline.images.codecs import CodecError, decode_any_image
 
 __all__ = ["ProjectedMesh", "contact_sheet", "coverage", "draw_overlay", "first_tracked_frame", "project_mesh"]
 

@@ -18,17 +18,20 @@ import numpy as np
 from lipflow.errors import CaptureError, ShardSetError
 from lipflow.types import Normalization
 from pipeline import storage
-from pipeline.codecs import resize_image
 from pipeline.corrupt_files import CorruptFilesError, FaultLimit
+from pipeline.images.codecs import resize_image
+from pipeline.loading.member_reads import read_mesh_and_texture
 from pipeline.manifest import CameraRecord, CaptureRecord, Manifest, SampleRecord, ShardRecord, SkippedFile
-from pipeline.member_reads import read_mesh_and_texture
-from pipeline.samples import SampleEncoder
 from pipeline.sealing import seal
 from pipeline.setfiles import NORMALIZATION_NAME, TOPOLOGY_NAME, encode_normalization, encode_topology
-from pipeline.shard_config import ShardConfig
-from pipeline.shard_plan import ShardPlan, ShardTask, plan_shards
-from pipeline.shard_sources import Captures, ShardSources, StoredCapture, named_captures, open_for_sharding
-from pipeline.shard_target import (
+from pipeline.sharding.config import ShardConfig
+from pipeline.sharding.plan import ShardPlan, ShardTask, plan_shards
+from pipeline.sharding.samples import SampleEncoder
+from pipeline.sharding.sources import Captures, ShardSources, StoredCapture, named_captures, open_for_sharding
+from pipeline.sharding.splits import with_split_files
+from pipeline.sharding.stats import FrameSums, OrderedSums, merge, normalization_from, sum_frames
+from pipeline.sharding.tar import ShardWriter
+from pipeline.sharding.target import (
     ShardSidecar,
     claimed,
     foreign_plan_error,
@@ -36,9 +39,6 @@ from pipeline.shard_target import (
     remove_leftovers,
     sidecar_uri,
 )
-from pipeline.splits import with_split_files
-from pipeline.stats import FrameSums, OrderedSums, merge, normalization_from, sum_frames
-from pipeline.tar import ShardWriter
 
 _LOOK_UPS_AT_ONCE = 16
 

@@ -22,11 +22,11 @@ from lipflow.types import (
     Topology,
 )
 from pipeline import storage
-from pipeline.frames import BatchPixels, FrameArrays, FrameReader
+from pipeline.loading.frames import BatchPixels, FrameArrays, FrameReader
+from pipeline.loading.member_reads import fetch_members
 from pipeline.manifest import CaptureRecord, Manifest, SampleRecord, ShardRecord
-from pipeline.member_reads import fetch_members
-from pipeline.samples import image_suffix
 from pipeline.setfiles import NORMALIZATION_NAME, TOPOLOGY_NAME, decode_normalization, decode_topology
+from pipeline.sharding.samples import image_suffix
 
 
 @dataclass(frozen=True)

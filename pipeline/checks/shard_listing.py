@@ -9,10 +9,10 @@ from typing import Any
 
 from lipflow.errors import ShardSetError
 from pipeline import storage
-from pipeline.codecs import EXTENSION_OF_CODEC, MAX_ARRAY_BYTES, CodecError, decode_image, encode_image
+from pipeline.images.codecs import EXTENSION_OF_CODEC, MAX_ARRAY_BYTES, CodecError, decode_image, encode_image
+from pipeline.loading.member_reads import check_crc32
 from pipeline.manifest import Manifest, SampleRecord, ShardRecord
-from pipeline.member_reads import check_crc32
-from pipeline.samples import FRAME, headset_suffix, image_suffix
+from pipeline.sharding.samples import FRAME, headset_suffix, image_suffix
 
 _MAX_OFFSET = 2**63
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from lipflow.errors import LipflowError
 from pipeline.capture import Capture
 from pipeline.captures.view import SelectedCameras
-from pipeline.samples import SampleEncoder, SampleSettings
-from pipeline.splits import spread
+from pipeline.sharding.samples import SampleEncoder, SampleSettings
+from pipeline.sharding.splits import spread
 
 MAX_FRAMES_PER_SHARD = 256
 FRAMES_PER_SHARD_UNPROBED = 16

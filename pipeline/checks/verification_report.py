@@ -11,8 +11,8 @@ from lipflow.errors import CaptureError, LipflowError, ShardSetError, StorageErr
 from pipeline import storage
 from pipeline.capture import Asset
 from pipeline.capture_errors import fault_name
-from pipeline.codecs import CodecError
-from pipeline.storage_s3 import is_transient
+from pipeline.images.codecs import CodecError
+from pipeline.storage.s3 import is_transient
 
 _ADDRESS_AND_REASON = re.compile(r"(?P<path>\S.*?)(?::\d+)?: (?P<reason>.*)", re.DOTALL)
 

@@ -18,7 +18,7 @@ from pipeline import storage
 from pipeline.capture import Capture, SegmentListing
 from pipeline.capture_errors import EmptySegmentError
 from pipeline.captures.opening import open_capture
-from pipeline.verification_report import (
+from pipeline.checks.verification_report import (
     BadFile,
     FaultList,
     VerifyPart,

@@ -1,6 +1,6 @@
 """The S3 side of :mod:`pipeline.storage`: single requests, each retried by itself.
 
-Requests go through the client of an s3fs filesystem, set up by :mod:`pipeline.storage_s3_settings`. A listing of a
+Requests go through the client of an s3fs filesystem, set up by :mod:`pipeline.storage.s3_settings`. A listing of a
 hundred pages or a shard of a hundred ranges does not begin anew because one of its requests failed. There is one
 layer of retries, ours; those of botocore and of s3fs are off, so that a request is tried ``max_attempts`` times and
 not that number cubed. (When a connection breaks before the answer, aiohttp sends the request again at once, a
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import tenacity
 
 from lipflow.errors import StorageError
-from pipeline.storage_s3_settings import (
+from pipeline.storage.s3_settings import (
     FIRST_WAIT_S,
     RetrySettings,
     configured_endpoint,

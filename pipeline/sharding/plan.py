@@ -8,14 +8,14 @@ from typing import Any
 
 from lipflow.errors import ConfigError
 from pipeline.capture import Capture, require_pinhole
-from pipeline.codecs import check_codec
+from pipeline.images.codecs import check_codec
 from pipeline.manifest import FORMAT_VERSION, CameraRecord, canonical_sha256
-from pipeline.segment_names import captured_segment, stored_segment
 from pipeline.setfiles import encode_topology
-from pipeline.shard_config import ShardConfig
-from pipeline.shard_costs import frames_for, probe_frames
-from pipeline.shard_sources import Captures, ShardSources, StoredCapture, open_for_sharding
-from pipeline.splits import SPLITS, Split, hash_order, split_segments
+from pipeline.sharding.config import ShardConfig
+from pipeline.sharding.costs import frames_for, probe_frames
+from pipeline.sharding.segment_names import captured_segment, stored_segment
+from pipeline.sharding.sources import Captures, ShardSources, StoredCapture, open_for_sharding
+from pipeline.sharding.splits import SPLITS, Split, hash_order, split_segments
 
 _NOT_IN_FINGERPRINT = {"target_shard_bytes", "on_error", "max_skipped_fraction"}
 
@@ -62,7 +62,7 @@ def plan_shards(sources: ShardSources | Captures, config: ShardConfig) -> ShardP
     """Which frames go into which shard. Frames are listed, and a few of them read; no pixel of the others is.
 
     Args:
-        sources: as :func:`pipeline.shard_sources.open_for_sharding` gives them, or what it takes.
+        sources: as :func:`pipeline.sharding.sources.open_for_sharding` gives them, or what it takes.
         config: the configuration of the set.
 
     Raises:

@@ -14,10 +14,10 @@ import numpy as np
 
 from lipflow.errors import ShardSetError
 from pipeline import storage
-from pipeline.frames import MemberReader, average_texture_member, decode_mesh_and_texture
+from pipeline.loading.frames import MemberReader, average_texture_member, decode_mesh_and_texture
 from pipeline.manifest import Place, SampleRecord
-from pipeline.samples import VERTICES
 from pipeline.sealing import ChecksumError
+from pipeline.sharding.samples import VERTICES
 
 _HEADER_BYTES = 512
 _WORTH_A_REQUEST_BYTES = 64 * 2**10

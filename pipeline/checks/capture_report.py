@@ -1,4 +1,4 @@
-"""What a report on a capture says: the facts that :func:`pipeline.inspection.inspect_capture` gathers."""
+"""What a report on a capture says: the facts that :func:`pipeline.checks.inspection.inspect_capture` gathers."""
 
 from __future__ import annotations
 

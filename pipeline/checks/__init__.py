@@ -1,0 +1,1 @@
+"""What is in a capture or a shard set, and what of it is bad."""

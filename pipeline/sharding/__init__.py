@@ -1,0 +1,1 @@
+"""Shard sets written: plan, samples, shards, statistics, commit."""
