@@ -9,6 +9,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,7 +79,7 @@ def speed_table(measured: list[Timed], cases: list[Case], clock: str) -> None:
     print()
     gains = []
     for forward in (case for case in cases if not case.backward):
-        both = [c for c in cases if c.backward and (c.scene, c.views) == (forward.scene, forward.views)]
+        both = [c for c in cases if c == replace(forward, scene=c.scene, backward=True)]
         if both:
             pair = zip(_ms(rows[0], both[0], clock), _ms(rows[0], forward, clock), strict=True)
             gains.append(statistics.median(with_gradients / alone - 1 for with_gradients, alone in pair))
