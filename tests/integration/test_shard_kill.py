@@ -32,6 +32,7 @@ from pipeline import storage
 from pipeline.dome.writer import DomeConfig, write_dome
 from pipeline.manifest import Manifest
 from pipeline.sharding.shards import ShardConfig, write_shards
+from tests.integration.shard_kills import runs_shard_task
 
 # Raised inside MLflow, about its own use of SQLAlchemy.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")
@@ -212,14 +213,6 @@ class WorkerKiller(threading.Thread):
     def end(self) -> None:
         self._ended.set()
         self.join()
-
-
-def runs_shard_task(process: psutil.Process) -> bool:
-    """Ray names a worker after the task that it runs."""
-    try:
-        return (process.cmdline() or [""])[0].startswith("ray::_finish_shard")
-    except (psutil.NoSuchProcess, psutil.ZombieProcess):
-        return False
 
 
 def test_a_job_whose_ray_workers_are_killed_ends_in_the_undisturbed_set(
