@@ -4,7 +4,8 @@
 ``renderer``        :class:`~lipflow.render.renderer.Renderer`: frames and views in, images and maps out
 ``camera``          rigid transforms, projection, meshes in the camera space of every view
 ``lens``            Brown-Conrady distortion, its inverse and the radius up to which it holds
-``backend``         what a backend offers, the conventions that all keep, and the choice between them
+``backend``         what a backend offers, and the conventions that all keep
+``backend_choice``  which one is taken
 ``reference``       visibility and interpolation in plain torch, float64: the definition, slow
 ``cpu``             visibility on the CPU, by ``visibility`` (scan conversion) and ``interpolate`` (fused gradients)
 ``parallel``        threads of the CPU kernels

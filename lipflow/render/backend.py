@@ -1,4 +1,4 @@
-"""What every backend offers the renderer, and the choice between them.
+"""What every backend offers the renderer.
 
 Conventions that all backends keep. Corners are camera-space positions in mm (x right, y down, z forward); a pixel's
 ray goes through its centre, at +0.5; a triangle is drawn where it is seen from its front (counter-clockwise) at a
@@ -10,16 +10,10 @@ a finite inverse of K sees nothing.
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
-import torch
 from torch import Tensor
-
-from lipflow.errors import ConfigError
-
-_LOG = logging.getLogger(__name__)
 
 BackendName = Literal["auto", "reference", "cpu", "cuda"]
 
@@ -101,35 +95,4 @@ class Backend(Protocol[FragmentsT]):
         ...
 
 
-def make_backend(name: BackendName, device: torch.device, faces: Tensor, face_uvs: Tensor) -> Backend[Any]:
-    """The backend of that name; ``auto`` takes ``cuda`` for tensors on a GPU if nvdiffrast works, else ``cpu``.
-
-    Args:
-        name: one of ``auto``, ``reference``, ``cpu``, ``cuda``.
-        device: where the vertices will be. ``reference`` and ``cpu`` serve any device.
-        faces: ``(F, 3)`` int64.
-        face_uvs: ``(F, 3, 2)``.
-
-    Raises:
-        ConfigError: no such backend, or one that cannot work here; the message says what to install.
-    """
-    # The backends import this module.
-    from lipflow.render.cpu import CpuBackend
-    from lipflow.render.cuda import CudaBackend, CudaUnavailableError
-    from lipflow.render.reference import ReferenceBackend
-    from lipflow.render.software import SoftwareBackend
-
-    if name not in ("auto", "reference", "cpu", "cuda"):
-        raise ConfigError(f"backend {name!r}: expected auto, reference, cpu or cuda")
-    if name == "cuda" or (name == "auto" and device.type == "cuda"):
-        try:
-            return CudaBackend(faces, face_uvs).prepared(device)
-        except CudaUnavailableError as error:
-            if name == "cuda":
-                raise
-            _LOG.warning("triangles on %s are drawn by the CPU: %s", device, error)
-    rasterizer = ReferenceBackend if name == "reference" else CpuBackend
-    return SoftwareBackend(rasterizer(faces, face_uvs), faces)
-
-
-__all__ = ["NEAR_MM", "Backend", "BackendName", "Fragments", "FragmentsT", "make_backend"]
+__all__ = ["NEAR_MM", "Backend", "BackendName", "Fragments", "FragmentsT"]

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from lipflow.errors import ConfigError
-from lipflow.render.backend import Backend, BackendName, Fragments, make_backend
+from lipflow.render.backend import Backend, BackendName, Fragments
+from lipflow.render.backend_choice import make_backend
 from lipflow.render.camera import camera_corners
 from lipflow.render.texture import sample_weight
 from lipflow.types import CameraTensors, Topology
@@ -49,7 +50,7 @@ class Renderer:
 
     Args:
         topology: faces, texture coordinates and the weight mask.
-        backend: ``auto`` chooses by the device of the renderer; see :func:`lipflow.render.backend.make_backend`.
+        backend: ``auto`` chooses by the device of the renderer; see :func:`lipflow.render.backend_choice.make_backend`.
         filter: ``bilinear``, or ``trilinear`` over mip maps, for textures finer than the image.
 
     Attributes:

@@ -117,7 +117,7 @@ def _covered(ours: Timed, case: Case) -> int:
     """Pixels of the first view that show the mesh."""
     import torch
 
-    from lipflow.render.backend import make_backend
+    from lipflow.render.backend_choice import make_backend
     from lipflow.render.camera import transform_points
 
     with np.load(case.scene, allow_pickle=False) as scene:

@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lipflow.errors import ConfigError
-from lipflow.render.backend import make_backend
+from lipflow.render.backend_choice import make_backend
 from lipflow.render.camera import camera_corners, transform_points
 from lipflow.render.parallel import run_parallel
 from lipflow.render.renderer import Renderer

@@ -9,7 +9,7 @@ import torch
 
 from lipflow.render import cuda
 from lipflow.render.antialias import antialias, opposite_vertices
-from lipflow.render.backend import make_backend
+from lipflow.render.backend_choice import make_backend
 from lipflow.render.cuda import CudaBackend, CudaUnavailableError
 from lipflow.render.renderer import Renderer
 from lipflow.render.software import SoftwareBackend

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lipflow.render.backend import make_backend
+from lipflow.render.backend_choice import make_backend
 from lipflow.render.cuda import CudaBackend
 from pipeline.dome.face import procedural_face
 from pipeline.dome.realface import load_realface
