@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,3 +93,17 @@ def photographed_face(height: int) -> tuple[Topology, Tensor, Tensor, CameraTens
     cameras = CameraTensors(torch.from_numpy(matrix).float()[None, None], pose[None, None])
     texture = torch.from_numpy(face.texture).permute(2, 0, 1).float()[None, None] / 255
     return face.topology, vertices, texture, cameras, size_hw
+
+
+def fitted_shift_px(silhouette: Callable[[Tensor], Tensor], target_px: Tensor, start_px: Tensor) -> Tensor:
+    """Where plain Adam ends on the squared difference of masks, from a start some pixels off; no coarse levels."""
+    target = silhouette(target_px)
+    shift = start_px.clone().requires_grad_()
+    optimiser = torch.optim.Adam([shift], lr=0.4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 80)
+    for _ in range(80):
+        optimiser.zero_grad()
+        (silhouette(shift) - target).square().mean().backward()
+        optimiser.step()
+        schedule.step()
+    return shift.detach()

@@ -28,8 +28,6 @@ from pipeline.sharding.plan import ShardConfig
 from pipeline.sharding.shards import write_shards
 
 CONFIG = LoaderConfig(frames_per_batch=4, views_per_frame=2, window_shards=2, decode_threads=2)
-
-
 SHARD_CONFIG = ShardConfig(frames_per_shard=4)
 
 
