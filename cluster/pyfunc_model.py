@@ -112,7 +112,7 @@ class DrivenAvatar(PythonModel):
         view_vectors = torch.nn.functional.normalize(view_vectors, dim=-1)
         with torch.inference_mode():
             prior = self.avatar.fused_prior(signals, driving)
-            decoded = self.avatar.decode(self.avatar.start(prior), view_vectors[:, None])
+            decoded = self.avatar.decode(self.avatar.start_from(signals, driving), view_vectors[:, None])
         return {
             "vertices": decoded.vertices.cpu().numpy(),
             "textures": decoded.textures[:, 0].round().clamp(0, 255).to(torch.uint8).cpu().numpy(),

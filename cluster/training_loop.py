@@ -172,7 +172,7 @@ def validation_loss(
     for batch in batches:
         latents = [avatar.encode(batch.vertices, batch.average_texture).mean]
         latents += [
-            avatar.start(avatar.prior(signal, batch.driving))
+            avatar.start_from([signal], batch.driving)
             for signal in batch.driving.available()
             if signal in avatar.signals
         ]

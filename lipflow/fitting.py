@@ -100,7 +100,7 @@ def fit(
     began = time.perf_counter()
     with torch.no_grad():
         prior = avatar.fused_prior(names, driving)
-        start = avatar.start(prior) if start is None else start
+        start = avatar.start_from(names, driving) if start is None else start
     z = start.detach().clone().requires_grad_()
     optimizer = torch.optim.Adam([z], lr=config.learning_rate)
     best, lowest = z.detach().clone(), torch.full_like(z[:, 0], torch.inf)

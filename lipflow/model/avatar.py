@@ -191,6 +191,10 @@ class Avatar(nn.Module):
         """Where a fit starts, and what a regressor would answer: z = f^-1(mean), ``(B, D)``."""
         return self.latent_from_driven(gaussian.mean)
 
+    def start_from(self, signals: Sequence[str], driving: DrivingSignals) -> Tensor:
+        """What the signals say of z without any fit, ``(B, D)``: :meth:`start` of their :meth:`fused_prior`."""
+        return self.start(self.fused_prior(signals, driving))
+
     def _in_mm(self, vertices: Tensor) -> Tensor:
         return vertices.float() * self.vertices_std + self.vertices_mean
 
