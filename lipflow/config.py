@@ -55,6 +55,7 @@ class AvatarConfig(StrictConfig):
         flow_transform: of each coupling, ``affine``, or a rational-quadratic ``spline`` on [-5, 5].
         flow_bins: of each spline.
         flow_hidden_size: width of the coupling networks.
+        flow_conditional: the couplings see the mean and log std of the signal's prior P(y | h), N(0, I) without one.
         init_seed: seed of the initial weights and of the coupling masks.
     """
 
@@ -83,6 +84,7 @@ class AvatarConfig(StrictConfig):
     flow_transform: Literal["affine", "spline"] = "affine"
     flow_bins: int = Field(8, ge=2)
     flow_hidden_size: int = Field(64, ge=1)
+    flow_conditional: bool = False
     init_seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")

@@ -115,7 +115,8 @@ def training_loss(
         drawn = [names[index] for index in order[: config.prior_signals_per_step]]
     latents, weights = [z], [torch.ones_like(z[:, 0])]
     for name in drawn:
-        latents.append(avatar.latent_from_driven(driven[name].prior.sample(generator)))
+        prior = driven[name].prior
+        latents.append(avatar.latent_from_driven(prior.sample(generator), prior))
         weights.append(driven[name].present.to(z.dtype))
     if config.reverse_weight > 0 and drawn:
         per_frame["reverse"] = _reverse_term(posterior, latents[1:], weights[1:])
@@ -170,14 +171,14 @@ def _latent_terms(
     frames, dimensions = z.shape
     if avatar.config.method == "dam":
         return {"latent": posterior.kl_to_standard() / (dimensions * frames)}, {}
-    y, log_det = avatar.driven_from_latent(z)
-    without_prior = -log_det if config.latent_estimate == "likelihood" else -posterior.entropy() - log_det
+    log_posterior = 0.0 if config.latent_estimate == "likelihood" else -posterior.entropy()
     if not driven:
-        divergence = without_prior - DiagonalGaussian.standard(y).log_prob(y)
+        divergence = log_posterior - avatar.log_prior(z, DiagonalGaussian.standard(z))
         return {"latent": divergence / (dimensions * frames)}, {}
     terms, diagnostics = {}, {}
     for name, signal in driven.items():
-        divergence = (without_prior - signal.prior.log_prob(y)) / dimensions
+        y, log_det = avatar.driven_from_latent(z, signal.prior)
+        divergence = (log_posterior - log_det - signal.prior.log_prob(y)) / dimensions
         shown = signal.present.sum().clamp(min=1)
         terms[f"latent_{name}"] = torch.where(signal.present, divergence, 0.0) / shown
         square = signal.prior.whiten(y).detach().square().mean(-1)

@@ -83,6 +83,7 @@ class Avatar(nn.Module):
                     config.flow_hidden_size,
                     config.flow_transform,
                     config.flow_bins,
+                    conditional=config.flow_conditional,
                 )
                 if config.method == "lipflow"
                 else IdentityFlow()
@@ -174,22 +175,22 @@ class Avatar(nn.Module):
 
     def log_prior(self, z: Tensor, gaussian: DiagonalGaussian) -> Tensor:
         """``(B,)`` log p(z | h) = log N(f(z); mean, std) + log |det df/dz|, in nats."""
-        y, log_det = self.driven_from_latent(z)
+        y, log_det = self.driven_from_latent(z, gaussian)
         return gaussian.log_prob(y) + log_det
 
-    def driven_from_latent(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """y = f(z), ``(B, D)``, and ``log |det df/dz| (B,)``."""
+    def driven_from_latent(self, z: Tensor, prior: DiagonalGaussian) -> tuple[Tensor, Tensor]:
+        """y = f(z), ``(B, D)``, and ``log |det df/dz| (B,)``; ``prior`` is that of y, for flows conditioned on it."""
         with torch.autocast(z.device.type, enabled=False):
-            return self.flow(z)
+            return self.flow(z, prior)
 
-    def latent_from_driven(self, y: Tensor) -> Tensor:
-        """z = f^-1(y), ``(B, D)``."""
+    def latent_from_driven(self, y: Tensor, prior: DiagonalGaussian) -> Tensor:
+        """z = f^-1(y), ``(B, D)``; ``prior`` is that of y, for flows conditioned on it."""
         with torch.autocast(y.device.type, enabled=False):
-            return self.flow.inverse(y)
+            return self.flow.inverse(y, prior)
 
     def start(self, gaussian: DiagonalGaussian) -> Tensor:
         """Where a fit starts, and what a regressor would answer: z = f^-1(mean), ``(B, D)``."""
-        return self.latent_from_driven(gaussian.mean)
+        return self.latent_from_driven(gaussian.mean, gaussian)
 
     def start_from(self, signals: Sequence[str], driving: DrivingSignals) -> Tensor:
         """What the signals say of z without any fit, ``(B, D)``: :meth:`start` of their :meth:`fused_prior`."""

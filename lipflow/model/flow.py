@@ -1,4 +1,13 @@
-"""The invertible flow f: z -> y between the avatar's latent space and the one in which drivers predict."""
+"""The invertible flow f: z -> y between the avatar's latent space and the one in which drivers predict.
+
+With ``conditional`` couplings f(z; h) depends on the driving signal, too: through the prior P(y | h) = N(mean, std)
+alone, so that fused and missing signals need no rule of their own. Where nothing is seen the prior is N(0, I), and so
+is the condition: one flow for all signals, which without a signal is an unconditional one. The density stays exact,
+
+    log p(z | h) = log N(f(z; h); mean, std) + log |det df(z; h) / dz|,
+
+because the Jacobian with respect to z is triangular for every fixed h.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +21,13 @@ from torch import Tensor, nn
 from zuko.flows.coupling import GeneralCouplingTransform
 from zuko.transforms import MonotonicAffineTransform, MonotonicRQSTransform
 
+from lipflow.model.gaussian import DiagonalGaussian
+
 _START_SCALE = 0.01
 """Of the coupling networks' last layers: f starts near the identity, with gradients in every weight."""
+
+_LOG_STD_SCALE = 3.0
+"""Half the usual spread of a driver's log std, which lies in [-6, 3]."""
 
 # zuko bounds |log scale| softly by |log slope|: here by 1, so that four steps can neither explode nor collapse.
 _BoundedAffine = partial(MonotonicAffineTransform, slope=math.exp(-1))
@@ -31,6 +45,7 @@ class LatentFlow(nn.Module):
         transform: ``affine`` (RealNVP, Dinh et al., 2017), or rational-quadratic ``spline`` (Neural Spline Flows,
             Durkan et al., 2019) on [-5, 5] with slopes in [0.1, 10], the identity outside.
         bins: of each spline.
+        conditional: the couplings see the mean and the log std of the prior of y.
     """
 
     def __init__(
@@ -40,8 +55,11 @@ class LatentFlow(nn.Module):
         hidden_size: int,
         transform: Literal["affine", "spline"] = "affine",
         bins: int = 8,
+        *,
+        conditional: bool = False,
     ):
         super().__init__()
+        self._conditional = conditional
         kinds = {
             "affine": (_BoundedAffine, ((), ())),
             "spline": (_BoundedSpline, ((bins,), (bins,), (bins - 1,))),
@@ -57,6 +75,7 @@ class LatentFlow(nn.Module):
                 mask[torch.randperm(features)[: features // 2]] = True
             coupling = GeneralCouplingTransform(
                 features,
+                context=2 * features if conditional else 0,
                 mask=mask,
                 univariate=univariate,
                 shapes=shapes,
@@ -69,25 +88,42 @@ class LatentFlow(nn.Module):
                 last.bias.zero_()
             self.couplings.append(coupling)
 
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """``z (..., D)`` to ``y (..., D)`` and ``log |det df/dz| (...)``."""
-        return self._transform().call_and_ladj(z)
+    def forward(self, z: Tensor, prior: DiagonalGaussian | None = None) -> tuple[Tensor, Tensor]:
+        """``z (..., D)`` to ``y (..., D)`` and ``log |det df/dz| (...)``.
 
-    def inverse(self, y: Tensor) -> Tensor:
-        """``y (..., D)`` to ``z (..., D)``."""
-        return self._transform().inv(y)
+        Args:
+            z: in the avatar's latent space.
+            prior: of y, ``(..., D)``; None: N(0, I), that is no signal.
+        """
+        return self._transform(z, prior).call_and_ladj(z)
 
-    def _transform(self) -> zuko.transforms.ComposedTransform:
-        return zuko.transforms.ComposedTransform(*(coupling() for coupling in self.couplings))
+    def inverse(self, y: Tensor, prior: DiagonalGaussian | None = None) -> Tensor:
+        """``y (..., D)`` to ``z (..., D)``, under the same ``prior`` of y."""
+        return self._transform(y, prior).inv(y)
+
+    def _transform(self, like: Tensor, prior: DiagonalGaussian | None) -> zuko.transforms.ComposedTransform:
+        condition = None
+        if self._conditional:
+            condition = standardised(DiagonalGaussian.standard(like) if prior is None else prior)
+        return zuko.transforms.ComposedTransform(*(coupling(condition) for coupling in self.couplings))
+
+
+def standardised(prior: DiagonalGaussian) -> Tensor:
+    """What conditional couplings see of a prior: ``(..., 2 D)`` numbers around 0, all 0 for N(0, I).
+
+    Means are of the order of one; far ones enter by their logarithm (asinh), so that a driver that is beside itself
+    does not drive the couplings out of all they were trained for.
+    """
+    return torch.cat([prior.mean.asinh(), prior.log_std / _LOG_STD_SCALE], dim=-1)
 
 
 class IdentityFlow(nn.Module):
     """y = z, for the methods without a flow."""
 
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, z: Tensor, prior: DiagonalGaussian | None = None) -> tuple[Tensor, Tensor]:
         """z itself, and zeros."""
         return z, z.new_zeros(z.shape[:-1])
 
-    def inverse(self, y: Tensor) -> Tensor:
+    def inverse(self, y: Tensor, prior: DiagonalGaussian | None = None) -> Tensor:
         """y itself."""
         return y

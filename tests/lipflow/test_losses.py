@@ -43,22 +43,24 @@ def test_dam_terms_are_their_formulas(make_avatar, renderer, batch):
     torch.testing.assert_close(loss.total, image + geometry + 0.01 * latent)
 
 
-@pytest.mark.parametrize("method", ["conditional", "lipflow"])
-def test_driven_terms_are_their_formulas(make_avatar, renderer, batch, method):
-    avatar = make_avatar(method=method, signals=("keypoints",), driver_dropout=0.0)
+@pytest.mark.parametrize(
+    ("method", "flow_conditional"), [("conditional", False), ("lipflow", False), ("lipflow", True)]
+)
+def test_driven_terms_are_their_formulas(make_avatar, renderer, batch, method, flow_conditional):
+    avatar = make_avatar(method=method, signals=("keypoints",), driver_dropout=0.0, flow_conditional=flow_conditional)
     config = LossConfig(latent_weight=0.1, prior_weight=0.5)
     loss = training_loss(avatar, renderer, batch, config, seeded())
     generator = seeded()
     posterior = avatar.encode(batch.vertices, batch.average_texture)
     z = posterior.sample(generator)
     prior = avatar.prior("keypoints", batch.driving)
-    y, log_det = avatar.flow(z)
+    y, log_det = avatar.flow(z, prior)
     log_p = torch.distributions.Normal(prior.mean, prior.log_std.exp()).log_prob(y).sum(-1) + log_det
     entropy = torch.distributions.Normal(posterior.mean, posterior.log_std.exp()).entropy().sum(-1)
     torch.testing.assert_close(loss.terms["latent"], (-entropy - log_p).mean().detach() / 6)
 
     torch.randperm(1, generator=generator)
-    driven = avatar.decode_vertices(avatar.flow.inverse(prior.sample(generator)))
+    driven = avatar.decode_vertices(avatar.flow.inverse(prior.sample(generator), prior))
     expected = ((driven - batch.vertices) / 5.0).square().mean()
     torch.testing.assert_close(loss.terms["prior_geometry"], expected.detach())
     terms = loss.terms
@@ -98,7 +100,8 @@ def test_reverse_term_is_the_density_of_prior_samples_under_the_posterior(make_a
     posterior = avatar.encode(batch.vertices, batch.average_texture)
     posterior.sample(generator)
     torch.randperm(1, generator=generator)
-    z = avatar.latent_from_driven(avatar.prior("keypoints", batch.driving).sample(generator))
+    prior = avatar.prior("keypoints", batch.driving)
+    z = avatar.latent_from_driven(prior.sample(generator), prior)
     q = torch.distributions.Normal(posterior.mean, posterior.log_std.exp())
     torch.testing.assert_close(loss.terms["reverse"], -q.log_prob(z).mean().detach())
     assert "prior_image" not in loss.terms
@@ -177,7 +180,7 @@ def test_frames_without_a_signal_do_not_enter_its_terms(make_avatar, renderer, b
     expected = (-posterior.entropy() - avatar.log_prior(z, prior))[1] / 6
     torch.testing.assert_close(loss.terms["latent"], expected.detach())
     torch.randperm(1, generator=generator)
-    driven = avatar.decode_vertices(avatar.latent_from_driven(prior.sample(generator)))
+    driven = avatar.decode_vertices(avatar.latent_from_driven(prior.sample(generator), prior))
     torch.testing.assert_close(
         loss.terms["prior_geometry"], ((driven - batch.vertices)[1] / 5).square().mean().detach()
     )
