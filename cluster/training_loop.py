@@ -86,10 +86,15 @@ class TrainRecipe(StrictConfig):
 
     @model_validator(mode="after")
     def _check(self) -> TrainRecipe:
-        if self.avatar.method == "dam" and (self.loss.latent_estimate != "kl" or self.loss.reverse_weight > 0):
+        if self.avatar.method == "dam" and self.loss.latent_estimate != "kl":
             raise ValueError(
-                "avatar.method is dam, whose prior is N(0, I): loss.latent_estimate and loss.reverse_weight need a"
-                " driven prior; leave them out, or set avatar.method=conditional or lipflow"
+                "avatar.method is dam, whose KL to N(0, I) is no estimate: leave loss.latent_estimate out, or set "
+                "avatar.method=conditional, lipflow or flow-gaussian"
+            )
+        if not self.avatar.is_driven and self.loss.reverse_weight > 0:
+            raise ValueError(
+                f"avatar.method is {self.avatar.method}, whose prior is N(0, I): loss.reverse_weight needs a driven "
+                "prior; leave it out, or set avatar.method=conditional or lipflow"
             )
         if self.render.backend == "cuda" and not self.use_gpu:
             raise ValueError("render.backend is cuda and use_gpu is false: set use_gpu=true, or render.backend=auto")

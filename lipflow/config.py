@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from lipflow.render.backend import BackendName
 from lipflow.types import DRIVING_SIGNALS
 
-Method = Literal["dam", "conditional", "lipflow"]
+Method = Literal["dam", "conditional", "lipflow", "flow-gaussian"]
 Signal = Literal["hmc", "frontal", "keypoints"]
 
 
@@ -26,7 +26,8 @@ class AvatarConfig(StrictConfig):
     last one is repeated for a larger texture.
 
     Attributes:
-        method: ``dam`` (prior N(0, I), no drivers), ``conditional`` (driven prior, no flow) or ``lipflow``.
+        method: ``dam`` (prior N(0, I), no drivers), ``conditional`` (driven prior, no flow), ``lipflow``, or
+            ``flow-gaussian`` (N(0, I) in y behind a flow, no drivers).
         texture_size: T, a power of two from 32 upwards.
         latent_size: D, the length of z.
         hidden_size: width of the mesh and texture features.
@@ -102,11 +103,28 @@ class AvatarConfig(StrictConfig):
                 f"{len(self.warp_channels)} warp_channels decode a field larger than texture_size "
                 f"{self.texture_size}: give fewer warp_channels"
             )
-        if self.method == "dam" and self.signals:
-            raise ValueError("method is dam, which has no drivers: leave signals out, or use method conditional")
+        if not self.is_driven and self.signals:
+            raise ValueError(
+                f"method is {self.method}, which has no drivers: leave signals out, or use method conditional"
+            )
+        if self.flow_conditional and self.method != "lipflow":
+            raise ValueError(
+                f"flow_conditional is true and method is {self.method}, which has no drivers behind a flow to "
+                "condition it on: leave flow_conditional out, or use method lipflow"
+            )
         if self.signals is not None and len(set(self.signals)) != len(self.signals):
             raise ValueError(f"signals lists a signal twice: {self.signals}")
         return self
+
+    @property
+    def is_driven(self) -> bool:
+        """Whether drivers predict y: the method's prior then depends on the signal."""
+        return self.method in ("conditional", "lipflow")
+
+    @property
+    def has_flow(self) -> bool:
+        """Whether a flow lies between z and y; else y = z."""
+        return self.method in ("lipflow", "flow-gaussian")
 
     @classmethod
     def small(cls, **changes) -> Self:
@@ -145,11 +163,12 @@ class LossConfig(StrictConfig):
         geometry_weight: of the vertex term.
         average_texture_weight: of the term that draws the mean of a frame's decoded views to its average texture.
             Not in the papers; it reaches every texel at every step.
-        latent_weight: of KL(Q || N(0, I)) for ``dam``, of the estimate of KL(Q || P(. | h)) otherwise.
+        latent_weight: of KL(Q || N(0, I)) for ``dam``, of the estimate of KL(Q || P(. | h)) otherwise; without
+            drivers P is N(0, I) in y.
         latent_estimate: ``kl`` with Q's analytic entropy, or ``likelihood``, -log p(z | h) alone, which does not keep
             Q from shrinking; no choice for ``dam``.
-        prior_weight: of the reconstruction from z = f^-1(y), y ~ P(. | h); no such term for ``dam``.
-        reverse_weight: of the reverse term, -log q(z | x) at those z; no such term for ``dam``.
+        prior_weight: of the reconstruction from z = f^-1(y), y ~ P(. | h); no such term without drivers.
+        reverse_weight: of the reverse term, -log q(z | x) at those z; no such term without drivers.
         prior_signals_per_step: how many of the present signals, drawn at random, are decoded for that term in a
             step; an unbiased estimate of the mean over all of them.
         min_posterior_std: mean standard deviation of Q below which training stops: its samples then say nothing

@@ -14,7 +14,7 @@ latent
     ``dam``: KL(Q || N(0, I)). Otherwise a single-sample estimate of KL(Q || P(. | h)) with Q's analytic entropy,
     E_Q[log q] - log p(z | h), or its second part alone (``latent_estimate: likelihood``), mean over the frames that
     show the signal and over the present signals. All are divided by D: they are means over latent dimensions. A batch
-    without any signal takes P = N(0, I) in y.
+    without any signal takes P = N(0, I) in y, and so does ``flow-gaussian`` always.
 prior_image, prior_geometry
     As image and geometry, decoded from z = f^-1(y), y ~ P(. | h), over the frames that show the signal; mean over
     the signals drawn in this step.

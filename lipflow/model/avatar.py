@@ -85,7 +85,7 @@ class Avatar(nn.Module):
                     config.flow_bins,
                     conditional=config.flow_conditional,
                 )
-                if config.method == "lipflow"
+                if config.has_flow
                 else IdentityFlow()
             )
             self.drivers = nn.ModuleDict({signal: build_driver(signal, config, context) for signal in self.signals})
@@ -146,10 +146,10 @@ class Avatar(nn.Module):
                 driver.measure(driving)
 
     def prior(self, signal: str, driving: DrivingSignals, generator: torch.Generator | None = None) -> DiagonalGaussian:
-        """P(y | h) of one signal; N(0, I) in frames where the signal shows nothing, and always for ``dam``.
+        """P(y | h) of one signal; N(0, I) in frames where it shows nothing, and always without drivers.
 
         Args:
-            signal: one of ``self.signals``; any driving signal for ``dam``.
+            signal: one of ``self.signals``; any driving signal without drivers.
             driving: with that signal.
             generator: given in training only: it hides views and landmarks at random.
 
@@ -159,8 +159,8 @@ class Avatar(nn.Module):
         if signal not in driving.available():
             raise LipflowError(f"the input has no {signal} signal, it has {list(driving.available())}: use one of them")
         present = signal_present(signal, driving)
-        nothing = DiagonalGaussian.standard(self.vertices_mean.new_zeros(len(present), self.config.latent_size))
-        if self.config.method == "dam":
+        nothing = self.prior_without_signal(len(present))
+        if not self.config.is_driven:
             return nothing
         if signal not in self.signals:
             raise LipflowError(
@@ -168,9 +168,16 @@ class Avatar(nn.Module):
             )
         return self.drivers[signal](driving, generator).where(present, nothing)
 
+    def prior_without_signal(self, count: int) -> DiagonalGaussian:
+        """What is known of ``count`` faces without any signal: N(0, I) in y, ``(count, D)``."""
+        return DiagonalGaussian.standard(self.vertices_mean.new_zeros(count, self.config.latent_size))
+
     def fused_prior(self, signals: Sequence[str], driving: DrivingSignals) -> DiagonalGaussian:
         """The product over ``signals`` of P(y | h) without a frame's absent ones; N(0, I) if all are absent."""
         experts = [self.prior(signal, driving) for signal in signals]
+        if not self.config.is_driven:
+            # It says nothing of any signal: it counts once, however many there are.
+            return experts[0]
         return product_of_gaussians(experts, [signal_present(signal, driving) for signal in signals])
 
     def log_prior(self, z: Tensor, gaussian: DiagonalGaussian) -> Tensor:
@@ -201,7 +208,7 @@ class Avatar(nn.Module):
 
 
 def _resolve_signals(config: AvatarConfig, context: AvatarContext) -> tuple[str, ...]:
-    if config.method == "dam":
+    if not config.is_driven:
         return ()
     offered = context.offered_signals
     if config.signals is None:

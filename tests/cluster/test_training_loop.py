@@ -109,3 +109,13 @@ def test_a_gpu_renderer_without_a_gpu_is_refused():
     with pytest.raises(ValidationError, match=r"set use_gpu=true, or render\.backend=auto"):
         TrainRecipe(render={"backend": "cuda"})
     assert TrainRecipe(render={"backend": "cuda"}, use_gpu=True).render.filter == "bilinear"
+
+
+def test_methods_without_drivers_refuse_the_terms_that_need_one():
+    for method in ("dam", "flow-gaussian"):
+        TrainRecipe(avatar={"method": method})
+        with pytest.raises(ValidationError, match=rf"avatar\.method is {method}.*loss\.reverse_weight"):
+            TrainRecipe(avatar={"method": method}, loss={"reverse_weight": 0.1})
+    with pytest.raises(ValidationError, match=r"loss\.latent_estimate"):
+        TrainRecipe(avatar={"method": "dam"}, loss={"latent_estimate": "likelihood"})
+    assert TrainRecipe(avatar={"method": "flow-gaussian"}, loss={"latent_estimate": "likelihood"})

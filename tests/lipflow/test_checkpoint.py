@@ -19,7 +19,7 @@ def outputs(avatar, batch) -> list[torch.Tensor]:
     decoded = avatar.decode(z, batch.cameras.view_vectors())
     posterior = avatar.encode(batch.vertices, batch.average_texture)
     tensors = [decoded.vertices, avatar.correct_color(decoded.textures, batch.camera_index), posterior.mean]
-    for signal in avatar.signals:
+    for signal in batch.driving.available() if not avatar.config.is_driven else avatar.signals:
         prior = avatar.prior(signal, batch.driving)
         tensors += [prior.mean, avatar.start(prior), avatar.log_prior(z, prior)]
     return tensors
@@ -31,6 +31,8 @@ def outputs(avatar, batch) -> list[torch.Tensor]:
         {},
         {"method": "dam", "warp_field": True},
         {"method": "conditional", "signals": ("keypoints",), "residual": True},
+        {"method": "flow-gaussian", "flow_transform": "spline"},
+        {"flow_conditional": True},
     ],
 )
 def test_round_trip_gives_bit_equal_outputs(make_avatar, batch, tmp_path, changes):

@@ -46,7 +46,7 @@ def select(driving: DrivingSignals, rows: slice) -> DrivingSignals:
     return map_tensors(driving, lambda tensor: tensor[rows])
 
 
-@pytest.mark.parametrize("method", ["dam", "conditional", "lipflow"])
+@pytest.mark.parametrize("method", ["dam", "conditional", "lipflow", "flow-gaussian"])
 @pytest.mark.parametrize("signal", ["hmc", "frontal", "keypoints"])
 def test_fit_lowers_the_objective_of_every_frame(make_avatar, renderer, frames, method, signal):
     avatar = make_avatar(method=method)
@@ -91,6 +91,18 @@ def test_fit_starts_at_the_prior_mean_through_the_flow_and_dam_at_zero(make_avat
     assert torch.equal(result.z, result.start)
     dam = fit(make_avatar(method="dam"), renderer, frames.driving, "hmc", config)
     assert not dam.start.any()
+
+
+def test_fit_of_flow_gaussian_starts_at_the_latent_of_y_zero(make_avatar, renderer, frames):
+    avatar = make_avatar(method="flow-gaussian")
+    with torch.no_grad():
+        for coupling in avatar.flow.couplings:
+            coupling.hyper[-1].bias.normal_(generator=torch.Generator().manual_seed(0))
+    start = fit(avatar, renderer, frames.driving, ("hmc", "keypoints"), FitConfig(iterations=0)).start
+    y, _ = avatar.flow(start)
+    assert start.abs().max() > 0.5
+    # measured: 5e-7
+    torch.testing.assert_close(y, torch.zeros_like(y), atol=1e-5, rtol=0)
 
 
 def test_without_observation_weight_of_its_own_the_prior_keeps_z_at_its_mode(make_avatar, renderer, frames):

@@ -27,6 +27,9 @@ SWITCHES = [
 SWITCHES += [
     {"upsample": "nearest", "method": "dam"},
     {"flow_transform": "spline", "flow_bins": 4},
+    {"flow_conditional": True},
+    {"flow_conditional": True, "flow_transform": "spline", "flow_bins": 4},
+    {"method": "flow-gaussian"},
     {"warp_field": True, "warp_kind": "offset", "method": "dam"},
     {"warp_field": True, "warp_kind": "offset", "color_correction": "deviation", "residual": True},
 ]
@@ -284,15 +287,22 @@ def test_log_std_of_a_prior_stays_in_its_range(make_avatar, batch):
     assert log_std.max() <= 3
 
 
-def test_log_prior_and_start_go_through_the_flow(make_avatar, batch):
-    prior = make_avatar().prior("keypoints", batch.driving)
-    prior.mean, prior.log_std = prior.mean.double(), prior.log_std.double()
-    avatar = make_avatar().double()
+def bend(avatar: Avatar) -> None:
+    """Take the avatar's flow far from the identity."""
     with torch.no_grad():
         for coupling in avatar.flow.couplings:
             coupling.hyper[-1].weight.normal_(generator=torch.Generator().manual_seed(0))
+            coupling.hyper[-1].bias.normal_(generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("flow_conditional", [False, True])
+def test_log_prior_and_start_go_through_the_flow(make_avatar, batch, flow_conditional):
+    prior = make_avatar().prior("keypoints", batch.driving)
+    prior.mean, prior.log_std = prior.mean.double(), prior.log_std.double()
+    avatar = make_avatar(flow_conditional=flow_conditional).double()
+    bend(avatar)
     z = avatar.start(prior)
-    y, log_det = avatar.flow(z)
+    y, log_det = avatar.flow(z, prior)
     torch.testing.assert_close(y, prior.mean, atol=1e-9, rtol=0)
     torch.testing.assert_close(avatar.log_prior(z, prior), prior.log_prob(prior.mean) + log_det)
 
@@ -310,6 +320,26 @@ def test_dam_has_no_drivers_and_a_standard_prior(make_avatar, batch):
     assert avatar.signals == ()
     assert not any("flow" in name or "driver" in name for name, _ in avatar.named_parameters())
     assert not avatar.start(avatar.prior("hmc", batch.driving)).any()
+
+
+def test_flow_gaussian_has_a_standard_prior_in_y_behind_its_flow(make_avatar, batch):
+    avatar = make_avatar(method="flow-gaussian")
+    bend(avatar)
+    assert avatar.signals == ()
+    assert any("flow" in name for name, _ in avatar.named_parameters())
+    assert not any("driver" in name for name, _ in avatar.named_parameters())
+    for signals in (("hmc",), ("hmc", "frontal", "keypoints")):
+        prior = avatar.fused_prior(signals, batch.driving)
+        assert not prior.mean.any()
+        assert not prior.log_std.any()
+        start = avatar.start_from(signals, batch.driving)
+        assert start.abs().max() > 0.5
+        assert torch.equal(start, avatar.flow.inverse(torch.zeros(2, 6)))
+    z = torch.linspace(-1, 1, 12).view(2, 6)
+    y, log_det = avatar.flow(z)
+    standard = torch.distributions.Normal(0.0, 1.0).log_prob(y).sum(-1)
+    torch.testing.assert_close(avatar.log_prior(z, prior), standard + log_det)
+    assert log_det.abs().max() > 0.1
 
 
 def test_what_does_not_fit_is_refused_with_its_remedy(make_avatar, context, batch):
@@ -332,6 +362,9 @@ def test_what_does_not_fit_is_refused_with_its_remedy(make_avatar, context, batc
     [
         ({"texture_size": 96}, "power of two"),
         ({"method": "dam", "signals": ("hmc",)}, "no drivers"),
+        ({"method": "flow-gaussian", "signals": ("hmc",)}, "method is flow-gaussian, which has no drivers"),
+        ({"method": "flow-gaussian", "flow_conditional": True}, "flow_conditional is true"),
+        ({"method": "conditional", "flow_conditional": True}, "flow_conditional is true"),
         ({"warp_field": True, "texture_size": 32, "warp_channels": (8, 8, 8, 8, 8)}, "fewer warp_channels"),
         ({"decoder_channels": (8, 0)}, "below 1"),
         ({"signals": ("hmc", "hmc")}, "twice"),
