@@ -51,7 +51,7 @@ class KeypointDriver(Driver):
         super().__init__()
         mean = torch.from_numpy(context.normalization.vertices_mean[context.landmark_vertices]).float()
         self.register_buffer("mean_landmarks", mean, persistent=False)
-        ranks = torch.cdist(mean, mean).argsort(-1).argsort(-1)
+        ranks = torch.cdist(mean, mean).argsort(dim=-1, stable=True).argsort(-1)
         self.register_buffer("nearest_first", ranks, persistent=False)
         self.unit_mm = float(context.normalization.vertices_std)
         self.config = config
