@@ -27,7 +27,7 @@ from lipflow.model.avatar import Avatar
 from lipflow.model.context import AvatarContext
 from lipflow.types import Camera, Normalization, Topology
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 RECORD_FILE, WEIGHTS_FILE, CONTEXT_FILE = "avatar.json", "weights.safetensors", "context.npz"
 
 

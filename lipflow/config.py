@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from lipflow.render.backend import BackendName
 from lipflow.types import DRIVING_SIGNALS
 
 Method = Literal["dam", "conditional", "lipflow", "flow-gaussian"]
-Signal = Literal["hmc", "frontal", "keypoints"]
+
+
+def _known_signal(name: str) -> str:
+    from lipflow.errors import LipflowError
+    from lipflow.model.drivers import find_signal  # not above: the drivers are built from these configs
+
+    try:
+        return find_signal(name).name
+    except LipflowError as error:
+        raise ValueError(str(error)) from error
+
+
+Signal = Annotated[str, AfterValidator(_known_signal)]
+"""The name of a registered driving signal."""
 
 
 class StrictConfig(BaseModel):
@@ -51,7 +64,12 @@ class AvatarConfig(StrictConfig):
         driver_image_size: side to which headset and frontal images are resized for their encoders.
         driver_channels: widths of their convolutions, coarsest first.
         driver_hidden_size: width of the driving encoders' features.
+        driver_token_size: width of the keypoint encoder's token of one landmark, a multiple of its 4 attention heads.
         driver_dropout: probability with which a headset view or a landmark is hidden in training.
+        driver_subset_dropout: probability with which only a random subset of a frame's headset views, or only one
+            patch of its landmarks, is shown in training.
+        headset_views: the headset cameras that drivers and fits may see; None for all that the capture has.
+        keypoints: the landmarks that drivers and fits may see; None for all that the capture has.
         flow_steps: coupling steps of f.
         flow_transform: of each coupling, ``affine``, or a rational-quadratic ``spline`` on [-5, 5].
         flow_bins: of each spline.
@@ -80,7 +98,11 @@ class AvatarConfig(StrictConfig):
     driver_image_size: int = Field(256, ge=16)
     driver_channels: tuple[int, ...] = Field((128, 128, 64, 64, 32, 16), min_length=1)
     driver_hidden_size: int = Field(256, ge=1)
+    driver_token_size: int = Field(32, ge=4, multiple_of=4)
     driver_dropout: float = Field(0.1, ge=0, lt=1)
+    driver_subset_dropout: float = Field(0.2, ge=0, le=1)
+    headset_views: tuple[str, ...] | None = Field(None, min_length=1)
+    keypoints: tuple[str, ...] | None = Field(None, min_length=1)
     flow_steps: int = Field(4, ge=2)
     flow_transform: Literal["affine", "spline"] = "affine"
     flow_bins: int = Field(8, ge=2)
@@ -112,8 +134,13 @@ class AvatarConfig(StrictConfig):
                 f"flow_conditional is true and method is {self.method}, which has no drivers behind a flow to "
                 "condition it on: leave flow_conditional out, or use method lipflow"
             )
-        if self.signals is not None and len(set(self.signals)) != len(self.signals):
-            raise ValueError(f"signals lists a signal twice: {self.signals}")
+        for name in ("signals", "headset_views", "keypoints"):
+            listed = getattr(self, name) or ()
+            if len(set(listed)) != len(listed):
+                raise ValueError(f"{name} lists a name twice: {listed}")
+        for name, signal in (("headset_views", "hmc"), ("keypoints", "keypoints")):
+            if getattr(self, name) is not None and self.signals is not None and signal not in self.signals:
+                raise ValueError(f"{name} limits {signal}, which signals leaves out: leave out {name} too")
         return self
 
     @property

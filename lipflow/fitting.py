@@ -34,7 +34,7 @@ from lipflow.config import FitConfig
 from lipflow.errors import LipflowError
 from lipflow.model.avatar import Avatar
 from lipflow.model.color import solve_gain_bias
-from lipflow.model.driving import SeenViews, frontal_view, headset_views, landmark_residuals_mm, seen_keypoints
+from lipflow.model.drivers import SeenViews, frontal_view, headset_views, landmark_residuals_mm, seen_keypoints
 from lipflow.render.renderer import Renderer
 from lipflow.types import DrivingSignals, colour_planes
 
@@ -98,6 +98,7 @@ def fit(
     if not names:
         raise LipflowError("no signal to fit to: name at least one of hmc, frontal, keypoints")
     began = time.perf_counter()
+    driving = avatar.visible(driving)
     with torch.no_grad():
         prior = avatar.fused_prior(names, driving)
         start = avatar.start_from(names, driving) if start is None else start

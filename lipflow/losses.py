@@ -42,7 +42,7 @@ from torch import Tensor
 from lipflow.config import LossConfig
 from lipflow.errors import LipflowError
 from lipflow.model.avatar import Avatar
-from lipflow.model.driving import signal_present
+from lipflow.model.drivers import given_signals
 from lipflow.model.gaussian import DiagonalGaussian
 from lipflow.render.renderer import Renderer
 from lipflow.types import FrameBatch, colour_planes, map_tensors
@@ -158,9 +158,9 @@ def reconstruction_loss(
 
 def _drive(avatar: Avatar, batch: FrameBatch, generator: torch.Generator) -> dict[str, _Driven]:
     return {
-        signal: _Driven(avatar.prior(signal, batch.driving, generator), signal_present(signal, batch.driving))
+        signal: _Driven(avatar.prior(signal, batch.driving, generator), avatar.presence(signal, batch.driving))
         for signal in avatar.signals
-        if signal in batch.driving.available()
+        if signal in given_signals(batch.driving)
     }
 
 

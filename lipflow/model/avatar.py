@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from lipflow.errors import ConfigError, LipflowError
 from lipflow.model.color import ColorCorrection
 from lipflow.model.context import AvatarContext
 from lipflow.model.decoder import Decoder
-from lipflow.model.driving import FrontalDriver, HeadsetDriver, build_driver, signal_present
+from lipflow.model.drivers import Driver, find_signal, given_signals, registered_signals
 from lipflow.model.encoder import Encoder
 from lipflow.model.flow import IdentityFlow, LatentFlow
 from lipflow.model.gaussian import DiagonalGaussian, product_of_gaussians
@@ -88,7 +89,9 @@ class Avatar(nn.Module):
                 if config.has_flow
                 else IdentityFlow()
             )
-            self.drivers = nn.ModuleDict({signal: build_driver(signal, config, context) for signal in self.signals})
+            self.drivers = nn.ModuleDict({name: find_signal(name).driver(config, context) for name in self.signals})
+        # What the config may not name is told now, not in the first step.
+        self.visible(DrivingSignals())
 
     def encode(self, vertices: Tensor, average_texture: Tensor) -> DiagonalGaussian:
         """Q(z | x) of fully observed frames.
@@ -140,10 +143,30 @@ class Avatar(nn.Module):
         To be called once, before training and with the same frames on every worker; the statistics are saved with
         the weights.
         """
-        for signal in self.signals:
-            driver = self.drivers[signal]
-            if isinstance(driver, HeadsetDriver | FrontalDriver) and signal in driving.available():
-                driver.measure(driving)
+        driving = self.visible(driving)
+        for name in self.signals:
+            if find_signal(name).given(driving):
+                cast(Driver, self.drivers[name]).measure(driving)
+
+    def visible(self, driving: DrivingSignals) -> DrivingSignals:
+        """``driving`` without the headset views and landmarks that this avatar must not see.
+
+        They are marked absent. Doing so twice changes nothing, so that every reader of driving signals may do it.
+
+        Raises:
+            ConfigError: the config names a view or a landmark that the capture lacks.
+        """
+        for signal in registered_signals():
+            driving = signal.visible(driving, self.config, self.context)
+        return driving
+
+    def presence(self, signal: str, driving: DrivingSignals) -> Tensor:
+        """``(B,)`` bool: the frames in which ``signal`` shows anything that this avatar may see.
+
+        Raises:
+            LipflowError: there is no such signal, or ``driving`` lacks it.
+        """
+        return find_signal(signal).present(self.visible(driving))
 
     def prior(self, signal: str, driving: DrivingSignals, generator: torch.Generator | None = None) -> DiagonalGaussian:
         """P(y | h) of one signal; N(0, I) in frames where it shows nothing, and always without drivers.
@@ -156,9 +179,12 @@ class Avatar(nn.Module):
         Raises:
             LipflowError: the avatar has no driver for the signal, or ``driving`` lacks it.
         """
-        if signal not in driving.available():
-            raise LipflowError(f"the input has no {signal} signal, it has {list(driving.available())}: use one of them")
-        present = signal_present(signal, driving)
+        if not find_signal(signal).given(driving):
+            raise LipflowError(
+                f"the input has no {signal} signal, it has {list(given_signals(driving))}: use one of them"
+            )
+        driving = self.visible(driving)
+        present = find_signal(signal).present(driving)
         nothing = self.prior_without_signal(len(present))
         if not self.config.is_driven:
             return nothing
@@ -178,7 +204,7 @@ class Avatar(nn.Module):
         if not self.config.is_driven:
             # It says nothing of any signal: it counts once, however many there are.
             return experts[0]
-        return product_of_gaussians(experts, [signal_present(signal, driving) for signal in signals])
+        return product_of_gaussians(experts, [self.presence(signal, driving) for signal in signals])
 
     def log_prior(self, z: Tensor, gaussian: DiagonalGaussian) -> Tensor:
         """``(B,)`` log p(z | h) = log N(f(z); mean, std) + log |det df/dz|, in nats."""

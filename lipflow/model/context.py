@@ -51,12 +51,9 @@ class AvatarContext:
     @property
     def offered_signals(self) -> tuple[str, ...]:
         """The driving signals that this capture can show."""
-        offers = (
-            ("hmc", bool(self.headset_cameras)),
-            ("frontal", self.frontal_image_hw is not None),
-            ("keypoints", bool(self.keypoint_names)),
-        )
-        return tuple(name for name, offered in offers if offered)
+        from lipflow.model.drivers import registered_signals  # not above: the drivers are built from contexts
+
+        return tuple(signal.name for signal in registered_signals() if signal.offered(self))
 
     @property
     def landmark_vertices(self) -> list[int]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lipflow import Avatar, AvatarConfig, load_avatar, save_avatar
-from lipflow.checkpoint import CheckpointError
+from lipflow.checkpoint import FORMAT_VERSION, CheckpointError
 from lipflow.errors import LipflowError
 
 
@@ -99,13 +99,14 @@ def test_damaged_files_are_refused_by_name(make_avatar, tmp_path, name, damage):
         load_avatar(tmp_path / "avatar")
 
 
-def test_a_newer_format_and_a_foreign_folder_are_refused(make_avatar, tmp_path):
+def test_another_format_and_a_foreign_folder_are_refused(make_avatar, tmp_path):
     save_avatar(make_avatar(), tmp_path / "avatar")
     path = tmp_path / "avatar" / "avatar.json"
     record = json.loads(path.read_text())
-    path.write_text(json.dumps(record | {"format_version": 2}))
-    with pytest.raises(CheckpointError, match="format version 2, expected 1"):
-        load_avatar(tmp_path / "avatar")
+    for version in (FORMAT_VERSION - 1, FORMAT_VERSION + 1):
+        path.write_text(json.dumps(record | {"format_version": version}))
+        with pytest.raises(CheckpointError, match=f"format version {version}, expected {FORMAT_VERSION}: use the ver"):
+            load_avatar(tmp_path / "avatar")
     path.write_text(json.dumps(record | {"surprise": 1}))
     with pytest.raises(CheckpointError, match="surprise"):
         load_avatar(tmp_path / "avatar")

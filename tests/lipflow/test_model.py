@@ -221,72 +221,6 @@ def test_solve_gain_bias_without_contrast_or_weight_only_shifts():
     assert (empty[0].item(), empty[1].item()) == (1.0, 0.0)
 
 
-def same(first, second) -> bool:
-    return torch.equal(first.mean, second.mean) and torch.equal(first.log_std, second.log_std)
-
-
-def test_a_masked_landmark_has_no_influence_and_a_seen_one_has(make_avatar, batch):
-    avatar, driving = make_avatar(), batch.driving
-    driving.keypoints[:, 1, 2] = 0
-    moved = dataclasses.replace(driving, keypoints=driving.keypoints.clone())
-    moved.keypoints[:, 1, :2] = 1e6
-    assert same(avatar.prior("keypoints", driving), avatar.prior("keypoints", moved))
-    moved.keypoints[:, 2, 0] += 1
-    assert not same(avatar.prior("keypoints", driving), avatar.prior("keypoints", moved))
-
-
-def test_an_absent_headset_view_has_no_influence_and_a_present_one_has(make_avatar, batch):
-    avatar, driving = make_avatar(), batch.driving
-    driving.hmc_present[:, 0] = False
-    changed = dataclasses.replace(driving, hmc_images=driving.hmc_images.clone())
-    changed.hmc_images[:, 0] = 0
-    assert same(avatar.prior("hmc", driving), avatar.prior("hmc", changed))
-    changed.hmc_images[:, 1, :, :12] = 0
-    assert not same(avatar.prior("hmc", driving), avatar.prior("hmc", changed))
-
-
-@pytest.mark.parametrize("signal", ["hmc", "frontal", "keypoints"])
-def test_a_frame_without_the_signal_has_the_standard_prior(make_avatar, batch, signal):
-    driving = batch.driving
-    driving.hmc_present[0] = False
-    driving.frontal_present[0] = False
-    driving.keypoints[0, :, 2] = 0
-    prior = make_avatar().prior(signal, driving)
-    assert not prior.mean[0].any()
-    assert not prior.log_std[0].any()
-    assert prior.mean[1].any()
-
-
-def test_keypoint_prior_does_not_depend_on_image_resolution(make_avatar, batch):
-    avatar, driving = make_avatar(), batch.driving
-    scale = torch.tensor([2.0, 2.0, 1.0])
-    cameras = dataclasses.replace(
-        driving.frontal_cameras, intrinsics=torch.diag(scale) @ driving.frontal_cameras.intrinsics
-    )
-    doubled = dataclasses.replace(driving, keypoints=driving.keypoints * scale, frontal_cameras=cameras)
-    first, second = avatar.prior("keypoints", driving), avatar.prior("keypoints", doubled)
-    torch.testing.assert_close(first.mean, second.mean, atol=1e-4, rtol=1e-4)
-
-
-def test_input_dropout_hides_something_but_never_everything(make_avatar, batch):
-    avatar, driving = make_avatar(driver_dropout=0.5), batch.driving
-    for signal in ("hmc", "keypoints"):
-        full = avatar.prior(signal, driving)
-        dropped = avatar.prior(signal, driving, torch.Generator().manual_seed(0))
-        assert not same(full, dropped)
-        assert same(dropped, avatar.prior(signal, driving, torch.Generator().manual_seed(0)))
-        assert dropped.mean.any(-1).all()
-
-
-def test_log_std_of_a_prior_stays_in_its_range(make_avatar, batch):
-    avatar = make_avatar()
-    with torch.no_grad():
-        avatar.drivers["hmc"].head.out.gain.fill_(1e6)
-    log_std = avatar.prior("hmc", batch.driving).log_std
-    assert log_std.min() >= -6
-    assert log_std.max() <= 3
-
-
 def bend(avatar: Avatar) -> None:
     """Take the avatar's flow far from the identity."""
     with torch.no_grad():
@@ -305,14 +239,6 @@ def test_log_prior_and_start_go_through_the_flow(make_avatar, batch, flow_condit
     y, log_det = avatar.flow(z, prior)
     torch.testing.assert_close(y, prior.mean, atol=1e-9, rtol=0)
     torch.testing.assert_close(avatar.log_prior(z, prior), prior.log_prob(prior.mean) + log_det)
-
-
-def test_fused_prior_leaves_out_absent_signals_frame_by_frame(make_avatar, batch):
-    avatar, driving = make_avatar(), batch.driving
-    driving.frontal_present[0] = False
-    fused, alone = avatar.fused_prior(("frontal", "keypoints"), driving), avatar.prior("keypoints", driving)
-    torch.testing.assert_close(fused.mean[0], alone.mean[0])
-    assert (fused.log_std[1] < alone.log_std[1]).all()
 
 
 def test_dam_has_no_drivers_and_a_standard_prior(make_avatar, batch):
@@ -374,23 +300,3 @@ def test_what_does_not_fit_is_refused_with_its_remedy(make_avatar, context, batc
 def test_bad_configs_are_refused_when_built(changes, message):
     with pytest.raises(ValidationError, match=message):
         AvatarConfig(**changes)
-
-
-def test_measured_driving_images_have_zero_mean_and_unit_spread(make_avatar, batch):
-    avatar = make_avatar(method="lipflow")
-    driver = avatar.drivers["hmc"]
-    driving = batch.driving
-    driving.hmc_present[0, 0] = False
-    avatar.measure_driving(driving)
-    normalised = driver.normalize(driving.hmc_images)
-    present = driving.hmc_present
-    for camera in range(present.shape[1]):
-        seen = normalised[present[:, camera], camera]
-        torch.testing.assert_close(seen.mean(0), torch.zeros_like(seen[0]), atol=1e-4, rtol=0)
-    assert normalised[present].square().mean().sqrt().item() == pytest.approx(1.0, abs=1e-3)
-    # What an absent view holds has no say.
-    before = driver.normalize.mean.clone()
-    driving.hmc_images[0, 0] = 255 - driving.hmc_images[0, 0]
-    avatar.measure_driving(driving)
-    assert torch.equal(driver.normalize.mean, before)
-    assert "drivers.hmc.normalize.mean" in avatar.state_dict()

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from lipflow.model.driving import landmark_residuals_mm
+from lipflow.model.drivers import landmark_residuals_mm
 from lipflow.render.camera import camera_corners, image_points, project, project_through_lens, transform_points
 from lipflow.render.lens import distort, undistort, valid_radius
 from lipflow.render.renderer import Renderer
