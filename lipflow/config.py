@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from lipflow.render.backend import BackendName
 from lipflow.types import DRIVING_SIGNALS
 
-Method = Literal["dam", "conditional", "lipflow"]
+Method = Literal["dam", "dam-regressor", "conditional", "lipflow"]
 Signal = Literal["hmc", "frontal", "keypoints"]
 
 
@@ -26,7 +26,9 @@ class AvatarConfig(StrictConfig):
     last one is repeated for a larger texture.
 
     Attributes:
-        method: ``dam`` (prior N(0, I), no drivers), ``conditional`` (driven prior, no flow) or ``lipflow``.
+        method: ``dam`` (prior N(0, I), no drivers), ``dam-regressor`` (a trained dam to which drivers were added that
+            regress z: its prior stays N(0, I), its fits start at their answer), ``conditional`` (driven prior, no flow)
+            or ``lipflow``.
         texture_size: T, a power of two from 32 upwards.
         latent_size: D, the length of z.
         hidden_size: width of the mesh and texture features.
@@ -106,6 +108,11 @@ class AvatarConfig(StrictConfig):
             raise ValueError(f"signals lists a signal twice: {self.signals}")
         return self
 
+    @property
+    def drives_prior(self) -> bool:
+        """Whether the prior of z depends on the driving signal; else it is N(0, I)."""
+        return self.method in ("conditional", "lipflow")
+
     @classmethod
     def small(cls, **changes) -> Self:
         """Widths for demos on a CPU core, with textures of 64 or 128; any field can be given."""
@@ -143,11 +150,13 @@ class LossConfig(StrictConfig):
         geometry_weight: of the vertex term.
         average_texture_weight: of the term that draws the mean of a frame's decoded views to its average texture.
             Not in the papers; it reaches every texel at every step.
-        latent_weight: of KL(Q || N(0, I)) for ``dam``, of the estimate of KL(Q || P(. | h)) otherwise.
+        latent_weight: of KL(Q || N(0, I)) for ``dam``, of the regression error for ``dam-regressor``, of the estimate
+            of KL(Q || P(. | h)) otherwise.
         latent_estimate: ``kl`` with Q's analytic entropy, or ``likelihood``, -log p(z | h) alone, which does not keep
-            Q from shrinking; no choice for ``dam``.
-        prior_weight: of the reconstruction from z = f^-1(y), y ~ P(. | h); no such term for ``dam``.
-        reverse_weight: of the reverse term, -log q(z | x) at those z; no such term for ``dam``.
+            Q from shrinking; no choice for ``dam`` and ``dam-regressor``.
+        prior_weight: of the reconstruction from z = f^-1(y), y ~ P(. | h), or from the regressed z; no such term for
+            ``dam``.
+        reverse_weight: of the reverse term, -log q(z | x) at those z; no such term for ``dam`` and ``dam-regressor``.
         prior_signals_per_step: how many of the present signals, drawn at random, are decoded for that term in a
             step; an unbiased estimate of the mean over all of them.
         min_posterior_std: mean standard deviation of Q below which training stops: its samples then say nothing

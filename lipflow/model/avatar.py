@@ -133,19 +133,23 @@ class Avatar(nn.Module):
         return self.color(textures, camera_index)
 
     @torch.no_grad()
-    def measure_driving(self, driving: DrivingSignals) -> None:
+    def measure_driving(self, driving: DrivingSignals, signals: Sequence[str] | None = None) -> None:
         """Normalise headset and frontal images by the statistics of these training frames.
 
         To be called once, before training and with the same frames on every worker; the statistics are saved with
         the weights.
+
+        Args:
+            driving: of the training frames.
+            signals: those whose drivers are to be trained; None: all. The statistics of the others stay.
         """
-        for signal in self.signals:
+        for signal in self.signals if signals is None else signals:
             driver = self.drivers[signal]
             if isinstance(driver, HeadsetDriver | FrontalDriver) and signal in driving.available():
                 driver.measure(driving)
 
     def prior(self, signal: str, driving: DrivingSignals, generator: torch.Generator | None = None) -> DiagonalGaussian:
-        """P(y | h) of one signal; N(0, I) in frames where the signal shows nothing, and always for ``dam``.
+        """P(y | h) of one signal; N(0, I) in frames where the signal shows nothing, and always without driven prior.
 
         Args:
             signal: one of ``self.signals``; any driving signal for ``dam``.
@@ -155,45 +159,73 @@ class Avatar(nn.Module):
         Raises:
             LipflowError: the avatar has no driver for the signal, or ``driving`` lacks it.
         """
-        if signal not in driving.available():
-            raise LipflowError(f"the input has no {signal} signal, it has {list(driving.available())}: use one of them")
-        present = signal_present(signal, driving)
+        present = self._shown(signal, driving)
         nothing = DiagonalGaussian.standard(self.vertices_mean.new_zeros(len(present), self.config.latent_size))
-        if self.config.method == "dam":
+        if not self.config.drives_prior:
             return nothing
-        if signal not in self.signals:
-            raise LipflowError(
-                f"this avatar has no {signal} driver, it has {list(self.signals)}: train one, or use those"
-            )
-        return self.drivers[signal](driving, generator).where(present, nothing)
+        return self._driver(signal)(driving, generator).where(present, nothing)
+
+    def regress(self, signal: str, driving: DrivingSignals, generator: torch.Generator | None = None) -> Tensor:
+        """The z ``(B, D)`` that the driver of a ``dam-regressor`` answers; 0 in frames where the signal shows nothing.
+
+        Arguments and errors are those of :meth:`prior`.
+        """
+        present = self._shown(signal, driving)
+        return torch.where(present[:, None], self._driver(signal)(driving, generator).mean, 0.0)
 
     def fused_prior(self, signals: Sequence[str], driving: DrivingSignals) -> DiagonalGaussian:
         """The product over ``signals`` of P(y | h) without a frame's absent ones; N(0, I) if all are absent."""
         experts = [self.prior(signal, driving) for signal in signals]
+        if not self.config.drives_prior:
+            return experts[0]  # one prior, not an opinion of each signal that would count once more
         return product_of_gaussians(experts, [signal_present(signal, driving) for signal in signals])
 
     def log_prior(self, z: Tensor, gaussian: DiagonalGaussian) -> Tensor:
         """``(B,)`` log p(z | h) = log N(f(z); mean, std) + log |det df/dz|, in nats."""
-        y, log_det = self.driven_from_latent(z)
+        y, log_det = self.driven_from_latent(z, gaussian)
         return gaussian.log_prob(y) + log_det
 
-    def driven_from_latent(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def driven_from_latent(self, z: Tensor, prior: DiagonalGaussian) -> tuple[Tensor, Tensor]:
         """y = f(z), ``(B, D)``, and ``log |det df/dz| (B,)``."""
+        del prior
         with torch.autocast(z.device.type, enabled=False):
             return self.flow(z)
 
-    def latent_from_driven(self, y: Tensor) -> Tensor:
+    def latent_from_driven(self, y: Tensor, prior: DiagonalGaussian) -> Tensor:
         """z = f^-1(y), ``(B, D)``."""
+        del prior
         with torch.autocast(y.device.type, enabled=False):
             return self.flow.inverse(y)
 
     def start(self, gaussian: DiagonalGaussian) -> Tensor:
-        """Where a fit starts, and what a regressor would answer: z = f^-1(mean), ``(B, D)``."""
-        return self.latent_from_driven(gaussian.mean)
+        """Where the fit of a driven prior starts: z = f^-1(mean), ``(B, D)``."""
+        return self.latent_from_driven(gaussian.mean, gaussian)
 
     def start_from(self, signals: Sequence[str], driving: DrivingSignals) -> Tensor:
-        """What the signals say of z without any fit, ``(B, D)``: :meth:`start` of their :meth:`fused_prior`."""
-        return self.start(self.fused_prior(signals, driving))
+        """What the signals say of z without any fit, ``(B, D)``.
+
+        :meth:`start` of their :meth:`fused_prior`; for ``dam-regressor`` the mean of the answers of the signals that a
+        frame shows, 0 if it shows none.
+        """
+        if self.config.method != "dam-regressor":
+            return self.start(self.fused_prior(signals, driving))
+        answers = torch.stack([self.regress(signal, driving) for signal in signals])
+        shown = torch.stack([signal_present(signal, driving) for signal in signals]).sum(0)
+        return answers.sum(0) / shown.clamp(min=1)[:, None]
+
+    def _shown(self, signal: str, driving: DrivingSignals) -> Tensor:
+        """``(B,)`` bool: the frames that show ``signal``; LipflowError if ``driving`` has no such signal."""
+        if signal not in driving.available():
+            raise LipflowError(f"the input has no {signal} signal, it has {list(driving.available())}: use one of them")
+        return signal_present(signal, driving)
+
+    def _driver(self, signal: str) -> nn.Module:
+        if signal not in self.signals:
+            raise LipflowError(
+                f"this avatar has no {signal} driver, it has {list(self.signals)}: train one with --add-driver, or use "
+                "those"
+            )
+        return self.drivers[signal]
 
     def _in_mm(self, vertices: Tensor) -> Tensor:
         return vertices.float() * self.vertices_std + self.vertices_mean

@@ -98,7 +98,8 @@ def test_reverse_term_is_the_density_of_prior_samples_under_the_posterior(make_a
     posterior = avatar.encode(batch.vertices, batch.average_texture)
     posterior.sample(generator)
     torch.randperm(1, generator=generator)
-    z = avatar.latent_from_driven(avatar.prior("keypoints", batch.driving).sample(generator))
+    prior = avatar.prior("keypoints", batch.driving)
+    z = avatar.latent_from_driven(prior.sample(generator), prior)
     q = torch.distributions.Normal(posterior.mean, posterior.log_std.exp())
     torch.testing.assert_close(loss.terms["reverse"], -q.log_prob(z).mean().detach())
     assert "prior_image" not in loss.terms
@@ -177,7 +178,7 @@ def test_frames_without_a_signal_do_not_enter_its_terms(make_avatar, renderer, b
     expected = (-posterior.entropy() - avatar.log_prior(z, prior))[1] / 6
     torch.testing.assert_close(loss.terms["latent"], expected.detach())
     torch.randperm(1, generator=generator)
-    driven = avatar.decode_vertices(avatar.latent_from_driven(prior.sample(generator)))
+    driven = avatar.decode_vertices(avatar.latent_from_driven(prior.sample(generator), prior))
     torch.testing.assert_close(
         loss.terms["prior_geometry"], ((driven - batch.vertices)[1] / 5).square().mean().detach()
     )
