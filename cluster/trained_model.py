@@ -13,10 +13,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from cluster.registry import download_model, registered_version
 from cluster.training_loop import TrainRecipe, context_of
 from lipflow.checkpoint import RECORD_FILE, load_avatar
 from lipflow.config import AvatarConfig
+from lipflow.errors import ConfigError
 from lipflow.model.extension import config_with_drivers, with_drivers
 from pipeline.loading.loader import ShardSet
 
@@ -76,4 +79,7 @@ def resolved(recipe: TrainRecipe, model: TrainedModel | None, shards: ShardSet) 
     config = config_with_drivers(avatar, recipe.add_drivers, changes)
     with_drivers(avatar, config, context_of(shards))
     # Validated anew: some losses do not go with some methods.
-    return TrainRecipe.model_validate(recipe.model_dump() | {"avatar": config.model_dump()})
+    try:
+        return TrainRecipe.model_validate(recipe.model_dump() | {"avatar": config.model_dump()})
+    except ValidationError as error:
+        raise ConfigError(f"with model {recipe.model}: {error.errors(include_url=False)[0]['msg']}") from error
