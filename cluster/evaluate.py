@@ -222,7 +222,7 @@ def _driving_signals(avatar: Avatar, shards: ShardSet, recipe: EvaluateRecipe) -
             f"has {found} vertices and {len(shards.cameras)} cameras, or others: give a shard set of the same capture"
         )
     # A prior N(0, I) needs no driver: it is fitted to whatever the capture shows.
-    possible = avatar.signals if avatar.config.is_driven else avatar.context.offered_signals
+    possible = avatar.signals if avatar.config.has_drivers else avatar.context.offered_signals
     lacking = [signal for signal in recipe.signals or () if signal not in possible]
     if lacking:
         raise ConfigError(f"signals: the avatar cannot be driven by {', '.join(lacking)}, but by {list(possible)}")

@@ -4,7 +4,8 @@ The state of a training is its weights, its optimiser and a step number, so a ru
 where its last checkpoint stands: submit the same command again. ``OUT`` holds::
 
     recipe.yaml     the settings; a second run with other settings is refused
-    run.json        the MLflow run that is continued, and the digest of the shard set
+    run.json        the MLflow run that is continued, and the digests of the shard set and of MODEL
+    model/          with --add-driver: a copy of MODEL, which the workers read
     ray/            Ray Train's checkpoints
     avatar/         the best avatar by validation loss
     train.json      the summary, written last: a training without it is not finished
@@ -45,6 +46,7 @@ from cluster.registry import register_avatar
 from cluster.run import Run
 from cluster.runtime import progress_bar, ray_cluster, unwrapped
 from cluster.tracking import initialise, tracked_run
+from cluster.trained_model import TrainedModel, fetched, resolved
 from cluster.training_loop import AVATAR_FOLDER, TrainRecipe, checkpoint_folder, train_worker
 from lipflow.checkpoint import load_avatar
 from lipflow.errors import ConfigError, LipflowError
@@ -55,10 +57,13 @@ RECIPE_FILE = "recipe.yaml"
 RUN_FILE = "run.json"
 SUMMARY_FILE = "train.json"
 
-FREE_TO_CHANGE = {"workers", "cpus_per_worker", "use_gpu", "max_failures", "tracking", "log_every_steps"}
+MODEL_FOLDER = "model"
+
+FREE_TO_CHANGE = {"workers", "cpus_per_worker", "use_gpu", "max_failures", "tracking", "log_every_steps", "model"}
 """Settings that may differ when a training is continued: they say where it runs, not what it computes.
 
-A changed number of workers changes the global batch from the next step on.
+Of the model its digest is compared, whatever its address. A changed number of workers changes the global batch from
+the next step on.
 """
 
 
@@ -128,12 +133,14 @@ class FailAtOnce(UserCallback):
 
 
 def train(shards_uri: str, out_uri: str, recipe: TrainRecipe) -> TrainSummary:
-    """Train an avatar, or continue a training that was interrupted, or return the summary of a finished one.
+    """Train an avatar or new drivers of one, or continue a training, or return the summary of a finished one.
 
     Raises:
         ShardSetError: no usable shard set at ``shards_uri``.
         StorageError: ``out_uri`` cannot be written.
-        ConfigError: ``out_uri`` holds a training with other settings or another shard set.
+        RegistryError: there is no such model to add drivers to.
+        ConfigError: ``out_uri`` holds a training with other settings, another shard set or another model; or the model
+            cannot be given these drivers.
         LipflowError: what a worker raised, such as a non-finite loss.
     """
     shards = ShardSet.open(shards_uri)
@@ -141,7 +148,14 @@ def train(shards_uri: str, out_uri: str, recipe: TrainRecipe) -> TrainSummary:
         raise ConfigError(f"{shards_uri} has no validation frames, on which checkpoints are chosen: shard with some")
     out_uri = storage.normalize_uri(out_uri)
     storage.check_writable(out_uri)
-    previous_run = _check_same_training(out_uri, recipe, shards.digest)
+    with fetched(recipe) as model:
+        return _train(shards_uri, shards, out_uri, resolved(recipe, model, shards), model)
+
+
+def _train(
+    shards_uri: str, shards: ShardSet, out_uri: str, recipe: TrainRecipe, model: TrainedModel | None
+) -> TrainSummary:
+    previous_run = _check_same_training(out_uri, recipe, shards.digest, model)
     if storage.exists(storage.join(out_uri, SUMMARY_FILE)):
         return TrainSummary(**json.loads(storage.read_text(storage.join(out_uri, SUMMARY_FILE))))
     began = time.perf_counter()
@@ -153,13 +167,17 @@ def train(shards_uri: str, out_uri: str, recipe: TrainRecipe) -> TrainSummary:
             config=recipe.tracking,
             recipe=recipe,
             shards_digest=shards.digest,
+            parent_run=None if model is None else model.run_id,
             run_id=previous_run,
         ) as run,
         ray_cluster(),
     ):
         text = yaml.safe_dump(redact(recipe.model_dump(mode="json")), sort_keys=False)
         storage.write_bytes(storage.join(out_uri, RECIPE_FILE), text.encode())
-        run_facts = {"run_id": run.run_id, "shards_digest": shards.digest}
+        model_uri = None if model is None else storage.join(out_uri, MODEL_FOLDER)
+        if model is not None and model_uri is not None:
+            storage.upload_dir(model.folder, model_uri)
+        run_facts = {"run_id": run.run_id, "shards_digest": shards.digest, "model_digest": model and model.digest}
         storage.write_bytes(storage.join(out_uri, RUN_FILE), json.dumps(run_facts).encode())
         board: Any = ray.remote(num_cpus=0)(ProgressBoard).remote()  # type: ignore[attr-defined]
         tracking = recipe.tracking
@@ -173,13 +191,14 @@ def train(shards_uri: str, out_uri: str, recipe: TrainRecipe) -> TrainSummary:
             "cache_dir": str(Path(tempfile.gettempdir(), "lipflow-shards")),
             "run_id": run.run_id,
             "board": board,
+            "model": model_uri,
         }
         result = _fit(out_uri, recipe, settings, board)
         checkpoint, metrics = min(result.best_checkpoints or [], key=lambda item: item[1]["val_loss"])
         with checkpoint_folder(checkpoint) as folder:
             avatar_uri = storage.join(out_uri, AVATAR_FOLDER)
             storage.upload_dir(Path(folder, AVATAR_FOLDER), avatar_uri)
-            model = _register(Path(folder, AVATAR_FOLDER), run, recipe, shards)
+            version = _register(Path(folder, AVATAR_FOLDER), run, recipe, shards)
         summary = TrainSummary(
             avatar=avatar_uri,
             method=recipe.avatar.method,
@@ -190,7 +209,7 @@ def train(shards_uri: str, out_uri: str, recipe: TrainRecipe) -> TrainSummary:
             shards_digest=shards.digest,
             seconds=time.perf_counter() - began,
             resumed_from_step=ray.get(board.read.remote())[2] or 0,
-            model=model,
+            model=version,
         )
         run.log_metrics({"best/val_loss": summary.validation_loss, "best/step": summary.best_step}, recipe.steps)
     storage.write_bytes(storage.join(out_uri, SUMMARY_FILE), json.dumps(asdict(summary), indent=2).encode())
@@ -274,7 +293,9 @@ def ray_storage(uri: str) -> tuple[pyarrow.fs.FileSystem | None, str]:
     return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem)), path
 
 
-def _check_same_training(out_uri: str, recipe: TrainRecipe, shards_digest: str) -> str | None:
+def _check_same_training(
+    out_uri: str, recipe: TrainRecipe, shards_digest: str, model: TrainedModel | None
+) -> str | None:
     """The MLflow run of the training that ``out_uri`` holds, if any; ConfigError if it is another training."""
     recipe_uri = storage.join(out_uri, RECIPE_FILE)
     run_uri = storage.join(out_uri, RUN_FILE)
@@ -286,6 +307,8 @@ def _check_same_training(out_uri: str, recipe: TrainRecipe, shards_digest: str) 
     run_facts = json.loads(storage.read_text(run_uri))
     if run_facts["shards_digest"] != shards_digest:
         differing.insert(0, "shard set")
+    if run_facts.get("model_digest") != (model and model.digest):
+        differing.insert(0, "model")
     if differing:
         raise ConfigError(
             f"{out_uri} holds a training with another {', '.join(differing)}: "
@@ -297,12 +320,22 @@ def _check_same_training(out_uri: str, recipe: TrainRecipe, shards_digest: str) 
 def train_command(
     shards: Annotated[str, typer.Argument(metavar="SHARDS", help="Shard set: path, file:// or s3:// URI.")],
     out: Annotated[str, typer.Argument(metavar="OUT", help="Where checkpoints and the avatar go.")],
+    add_driver: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SIGNAL", help="hmc, frontal or keypoints: train its driver for MODEL alone; repeatable."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="With --add-driver: the avatar; a path, s3://, models:/ or runs:/ URI."),
+    ] = None,
     recipe: RecipeOption = None,
     set_: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Train an avatar on a shard set; run again to continue after an interruption."""
-    summary = train(shards, out, load_recipe(TrainRecipe, recipe, set_ or ()))
+    """Train an avatar on a shard set, or a new driver of a trained one; run again to continue."""
+    given = {"add_drivers": add_driver, "model": model}
+    overrides = [f"{name}={json.dumps(value)}" for name, value in given.items() if value]
+    summary = train(shards, out, load_recipe(TrainRecipe, recipe, [*overrides, *(set_ or ())]))
     command.emit(
         asdict(summary),
         as_json,

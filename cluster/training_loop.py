@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,19 @@ import torch
 from pyarrow.fs import LocalFileSystem
 from pydantic import Field, model_validator
 from ray.train import Checkpoint
-from torch import nn
+from torch import Tensor, nn
 
+from cluster.objective import Objective
 from cluster.tracking import TrackingConfig, attached_run
 from lipflow.checkpoint import load_avatar, save_avatar
-from lipflow.config import AvatarConfig, LossConfig, RenderConfig, StrictConfig
-from lipflow.losses import LossTerms, NonFiniteLossError, reconstruction_loss, training_loss
+from lipflow.config import AvatarConfig, LossConfig, RenderConfig, Signal, StrictConfig
+from lipflow.losses import LossTerms, NonFiniteLossError
 from lipflow.model.avatar import Avatar
 from lipflow.model.context import AvatarContext
+from lipflow.model.extension import with_drivers
 from lipflow.render.renderer import Renderer
 from lipflow.types import FrameBatch
+from pipeline import storage
 from pipeline.loading.loader import LoaderConfig, ShardLoader, ShardSet
 from pipeline.sharding.splits import spread
 
@@ -45,7 +48,10 @@ class TrainRecipe(StrictConfig):
     """All settings of a training.
 
     Attributes:
-        avatar: the model.
+        avatar: the model; with ``add_drivers`` the trained avatar's own, of which driver settings alone may be given.
+        add_drivers: signals whose drivers are trained for ``model``, all the rest of which is frozen; empty: a new
+            avatar is trained.
+        model: a trained avatar: a path, ``file://``, ``s3://``, ``models:/`` or ``runs:/`` URI.
         loss: the objective.
         render: how images are drawn.
         loader: batches of one worker.
@@ -64,6 +70,8 @@ class TrainRecipe(StrictConfig):
     """
 
     avatar: AvatarConfig = AvatarConfig()
+    add_drivers: tuple[Signal, ...] = ()
+    model: str | None = None
     loss: LossConfig = LossConfig()
     render: RenderConfig = RenderConfig()
     loader: LoaderConfig = LoaderConfig()
@@ -86,39 +94,48 @@ class TrainRecipe(StrictConfig):
 
     @model_validator(mode="after")
     def _check(self) -> TrainRecipe:
-        if self.avatar.method == "dam" and self.loss.latent_estimate != "kl":
+        gaussian = self.avatar.method == "dam-regressor" or (self.avatar.method == "dam" and not self.add_drivers)
+        if gaussian and self.loss.latent_estimate != "kl":
             raise ValueError(
-                "avatar.method is dam, whose KL to N(0, I) is no estimate: leave loss.latent_estimate out, or set "
-                "avatar.method=conditional, lipflow or flow-gaussian"
+                f"avatar.method is {self.avatar.method}, whose KL to N(0, I) is no estimate: leave "
+                "loss.latent_estimate out, or set avatar.method=conditional, lipflow or flow-gaussian"
             )
-        if not self.avatar.is_driven and self.loss.reverse_weight > 0:
+        if (gaussian or self.avatar.method == "flow-gaussian") and self.loss.reverse_weight > 0:
             raise ValueError(
                 f"avatar.method is {self.avatar.method}, whose prior is N(0, I): loss.reverse_weight needs a driven "
                 "prior; leave it out, or set avatar.method=conditional or lipflow"
             )
+        if self.avatar.method == "dam-regressor" and not self.add_drivers:
+            raise ValueError(
+                "avatar.method is dam-regressor, which is a trained dam with drivers: train one with"
+                " avatar.method=dam, then give it drivers with --add-driver and --model"
+            )
+        self._check_drivers()
         if self.render.backend == "cuda" and not self.use_gpu:
             raise ValueError("render.backend is cuda and use_gpu is false: set use_gpu=true, or render.backend=auto")
         return self
 
+    def _check_drivers(self) -> None:
+        if bool(self.add_drivers) != (self.model is not None):
+            raise ValueError(
+                f"add_drivers is {list(self.add_drivers)} and model is {self.model}: give both (--add-driver SIGNAL"
+                " --model MODEL), or neither"
+            )
+        if not self.add_drivers:
+            return
+        if len(set(self.add_drivers)) != len(self.add_drivers):
+            raise ValueError(f"add_drivers names a signal twice: {list(self.add_drivers)}")
+        unread = [signal for signal in self.add_drivers if signal not in self.loader.signals]
+        if unread:
+            raise ValueError(f"loader.signals lacks {unread[0]}, for which a driver is to be trained: add it")
+        if self.loss.latent_weight == self.loss.prior_weight == self.loss.reverse_weight == 0:
+            raise ValueError("loss has no term for the new drivers: raise loss.latent_weight or loss.prior_weight")
 
-class Objective(nn.Module):
-    """The training loss as one module, so that DDP's hooks see every gradient."""
 
-    def __init__(self, avatar: Avatar, renderer: Renderer, config: LossConfig):
-        super().__init__()
-        self.avatar = avatar
-        self._renderer = renderer
-        self._config = config
-
-    def forward(self, batch: FrameBatch, generator: torch.Generator) -> LossTerms:
-        """Loss of one batch; see :func:`lipflow.losses.training_loss`."""
-        return training_loss(self.avatar, self._renderer, batch, self._config, generator)
-
-
-def avatar_for(shards: ShardSet, config: AvatarConfig) -> Avatar:
-    """A fresh avatar for the faces, cameras and driving signals of a shard set."""
+def context_of(shards: ShardSet) -> AvatarContext:
+    """What a shard set says of its capture: faces, cameras and driving signals."""
     frontal = {camera.camera_id: camera.image_size_hw for camera in shards.cameras}.get(shards.frontal_camera_id or "")
-    context = AvatarContext(
+    return AvatarContext(
         topology=shards.topology,
         normalization=shards.normalization,
         camera_ids=tuple(camera.camera_id for camera in shards.cameras),
@@ -128,17 +145,27 @@ def avatar_for(shards: ShardSet, config: AvatarConfig) -> Avatar:
         frontal_image_hw=frontal,
         keypoint_names=tuple(shards.keypoint_names),
     )
-    return Avatar(config, context)
+
+
+def untrained_avatar(shards: ShardSet, recipe: TrainRecipe, model_uri: str | None) -> Avatar:
+    """What a training starts with: a fresh avatar, or the one at ``model_uri`` with new drivers."""
+    if model_uri is None:
+        return Avatar(recipe.avatar, context_of(shards))
+    with tempfile.TemporaryDirectory() as folder:
+        storage.download_dir(model_uri, Path(folder, AVATAR_FOLDER))
+        return with_drivers(load_avatar(Path(folder, AVATAR_FOLDER)), recipe.avatar, context_of(shards))
 
 
 def parameter_groups(avatar: Avatar, recipe: TrainRecipe) -> list[dict[str, Any]]:
-    """Adam's two groups: colour correction, and everything else."""
-    color = list(avatar.color.parameters())
-    rest = [parameter for name, parameter in avatar.named_parameters() if not name.startswith("color.")]
+    """Adam's groups: colour correction, and everything else that is not frozen."""
+    trained = {name: parameter for name, parameter in avatar.named_parameters() if parameter.requires_grad}
+    color = [parameter for name, parameter in trained.items() if name.startswith("color.")]
+    rest = [parameter for name, parameter in trained.items() if not name.startswith("color.")]
     rates = (recipe.learning_rate, recipe.learning_rate * recipe.color_learning_rate_factor)
     return [
         {"params": parameters, "lr": rate, "base_lr": rate}
         for parameters, rate in zip((rest, color), rates, strict=True)
+        if parameters
     ]
 
 
@@ -163,29 +190,25 @@ def batches_from(loader: ShardLoader, step: int) -> Iterator[FrameBatch]:
         epoch, start = epoch + 1, 0
 
 
-@torch.no_grad()
-def validation_loss(
-    avatar: Avatar, renderer: Renderer, batches: list[FrameBatch], config: LossConfig
-) -> tuple[float, int]:
-    """Sum over frames of the mean reconstruction loss, and the number of frames.
+def descend(
+    loss: Tensor, optimizer: torch.optim.Optimizer, clip_norm: float, step: int, frame_ids: Sequence[str]
+) -> Tensor:
+    """One optimiser step; returns the gradient's norm before it was clipped to ``clip_norm``.
 
-    The latents are the posterior mean and, for each driving signal, the prior's start ``f^-1(mu)``: the best
-    avatar is one that is both accurate and drivable.
+    Raises:
+        NonFiniteLossError: the gradient is not finite; nothing has changed then.
     """
-    avatar.eval()
-    total, frames = 0.0, 0
-    for batch in batches:
-        latents = [avatar.encode(batch.vertices, batch.average_texture).mean]
-        latents += [
-            avatar.start_from([signal], batch.driving)
-            for signal in batch.driving.available()
-            if signal in avatar.signals
-        ]
-        losses = [reconstruction_loss(avatar, renderer, z, batch, config).total.item() for z in latents]
-        total += sum(losses) / len(losses) * len(batch.frame_ids)
-        frames += len(batch.frame_ids)
-    avatar.train()
-    return total, frames
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm = nn.utils.clip_grad_norm_(trained, clip_norm)
+    if not torch.isfinite(norm):
+        raise NonFiniteLossError(
+            f"the gradient is not finite at step {step}, frames {', '.join(frame_ids)}: "
+            "lower the learning rate, or look at these frames"
+        )
+    optimizer.step()
+    return norm
 
 
 def train_worker(settings: dict[str, Any]) -> None:
@@ -193,22 +216,22 @@ def train_worker(settings: dict[str, Any]) -> None:
 
     Args:
         settings: ``recipe`` (a :class:`TrainRecipe` as a dictionary), ``shards`` (URI), ``cache_dir``,
-            ``run_id`` of the MLflow run, ``board`` (progress actor).
+            ``run_id`` of the MLflow run, ``board`` (progress actor), ``model`` (URI of the avatar that is given
+            drivers, or None).
     """
     recipe = TrainRecipe.model_validate(settings["recipe"])
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
     shards = ShardSet.open(settings["shards"])
-    avatar = avatar_for(shards, recipe.avatar)
+    avatar = untrained_avatar(shards, recipe, settings["model"])
     renderer = Renderer(shards.topology, recipe.render.backend, filter=recipe.render.filter).to(device)
-    model = ray.train.torch.prepare_model(
-        Objective(avatar, renderer, recipe.loss), parallel_strategy_kwargs={"find_unused_parameters": True}
-    )
+    objective = Objective(avatar, renderer, recipe.loss, recipe.add_drivers)
+    model = ray.train.torch.prepare_model(objective, parallel_strategy_kwargs={"find_unused_parameters": True})
     optimizer = torch.optim.Adam(parameter_groups(avatar, recipe), fused=True)
     step = _restore(avatar, optimizer)
     if step == 0:
-        _measure_driving(avatar, shards)
+        _measure_driving(avatar, shards, recipe.add_drivers or avatar.signals)
     if rank == 0:
         settings["board"].started.remote(step)
 
@@ -230,15 +253,7 @@ def train_worker(settings: dict[str, Any]) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * learning_rate_factor(step, recipe)
             losses: LossTerms = model(batch, generator)
-            optimizer.zero_grad(set_to_none=True)
-            losses.total.backward()
-            norm = nn.utils.clip_grad_norm_(avatar.parameters(), recipe.gradient_clip_norm)
-            if not torch.isfinite(norm):
-                raise NonFiniteLossError(
-                    f"the gradient is not finite at step {step}, frames {', '.join(batch.frame_ids)}: "
-                    "lower the learning rate, or look at these frames"
-                )
-            optimizer.step()
+            norm = descend(losses.total, optimizer, recipe.gradient_clip_norm, step, batch.frame_ids)
             step += 1
             if run is not None and (step % recipe.log_every_steps == 0 or step == recipe.steps):
                 elapsed_s = time.perf_counter() - began
@@ -255,7 +270,7 @@ def train_worker(settings: dict[str, Any]) -> None:
                 settings["board"].update.remote(step, f"loss {metrics['train/total']:.4f}")
                 waited_s, began = 0.0, time.perf_counter()
             if step % recipe.checkpoint_every_steps == 0 or step == recipe.steps:
-                loss = _reduced_validation_loss(avatar, renderer, validation, recipe.loss, device)
+                loss = _reduced_validation_loss(objective, validation, device)
                 if run is not None:
                     run.log_metrics({"val/loss": loss}, step)
                     # What a checkpoint covers is not computed again, so it must not wait in memory.
@@ -264,10 +279,10 @@ def train_worker(settings: dict[str, Any]) -> None:
                 began = time.perf_counter()
 
 
-def _measure_driving(avatar: Avatar, shards: ShardSet) -> None:
+def _measure_driving(avatar: Avatar, shards: ShardSet, signals: Sequence[str]) -> None:
     """The statistics of the driving images, over the same training frames on every rank."""
     frame_ids = spread(shards.frame_ids("train"), STATISTICS_FRAMES)
-    avatar.measure_driving(shards.frames(frame_ids, shards.train_camera_ids[:1]).driving)
+    avatar.measure_driving(shards.frames(frame_ids, shards.train_camera_ids[:1]).driving, signals)
 
 
 @contextmanager
@@ -317,10 +332,8 @@ def _validation_batches(
     return [shards.frames([frame_id], camera_ids).to(device) for frame_id in frame_ids[rank::world_size]]
 
 
-def _reduced_validation_loss(
-    avatar: Avatar, renderer: Renderer, batches: list[FrameBatch], config: LossConfig, device: torch.device
-) -> float:
-    sums = torch.tensor(validation_loss(avatar, renderer, batches, config), dtype=torch.float64, device=device)
+def _reduced_validation_loss(objective: Objective, batches: list[FrameBatch], device: torch.device) -> float:
+    sums = torch.tensor(objective.validate(batches), dtype=torch.float64, device=device)
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(sums)
     return (sums[0] / sums[1]).item()

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from lipflow.render.backend import BackendName
 from lipflow.types import DRIVING_SIGNALS
 
-Method = Literal["dam", "conditional", "lipflow", "flow-gaussian"]
+Method = Literal["dam", "dam-regressor", "conditional", "lipflow", "flow-gaussian"]
 
 
 def _known_signal(name: str) -> str:
@@ -39,8 +39,9 @@ class AvatarConfig(StrictConfig):
     last one is repeated for a larger texture.
 
     Attributes:
-        method: ``dam`` (prior N(0, I), no drivers), ``conditional`` (driven prior, no flow), ``lipflow``, or
-            ``flow-gaussian`` (N(0, I) in y behind a flow, no drivers).
+        method: ``dam`` (prior N(0, I), no drivers), ``dam-regressor`` (a trained dam to which drivers were added that
+            regress z: its prior stays N(0, I), its fits start at their answer), ``conditional`` (driven prior, no
+            flow), ``lipflow``, or ``flow-gaussian`` (N(0, I) in y behind a flow, no drivers).
         texture_size: T, a power of two from 32 upwards.
         latent_size: D, the length of z.
         hidden_size: width of the mesh and texture features.
@@ -125,7 +126,7 @@ class AvatarConfig(StrictConfig):
                 f"{len(self.warp_channels)} warp_channels decode a field larger than texture_size "
                 f"{self.texture_size}: give fewer warp_channels"
             )
-        if not self.is_driven and self.signals:
+        if not self.has_drivers and self.signals:
             raise ValueError(
                 f"method is {self.method}, which has no drivers: leave signals out, or use method conditional"
             )
@@ -144,7 +145,12 @@ class AvatarConfig(StrictConfig):
         return self
 
     @property
-    def is_driven(self) -> bool:
+    def has_drivers(self) -> bool:
+        """Whether the signals have encoders: those of the prior, or regressors of z."""
+        return self.method in ("dam-regressor", "conditional", "lipflow")
+
+    @property
+    def has_driven_prior(self) -> bool:
         """Whether drivers predict y: the method's prior then depends on the signal."""
         return self.method in ("conditional", "lipflow")
 
@@ -190,12 +196,13 @@ class LossConfig(StrictConfig):
         geometry_weight: of the vertex term.
         average_texture_weight: of the term that draws the mean of a frame's decoded views to its average texture.
             Not in the papers; it reaches every texel at every step.
-        latent_weight: of KL(Q || N(0, I)) for ``dam``, of the estimate of KL(Q || P(. | h)) otherwise; without
-            drivers P is N(0, I) in y.
+        latent_weight: of KL(Q || N(0, I)) for ``dam``, of the regression error for ``dam-regressor``, of the estimate
+            of KL(Q || P(. | h)) otherwise; without drivers P is N(0, I) in y.
         latent_estimate: ``kl`` with Q's analytic entropy, or ``likelihood``, -log p(z | h) alone, which does not keep
-            Q from shrinking; no choice for ``dam``.
-        prior_weight: of the reconstruction from z = f^-1(y), y ~ P(. | h); no such term without drivers.
-        reverse_weight: of the reverse term, -log q(z | x) at those z; no such term without drivers.
+            Q from shrinking; no choice for ``dam`` and ``dam-regressor``.
+        prior_weight: of the reconstruction from z = f^-1(y), y ~ P(. | h), or from the regressed z; no such term
+            without drivers.
+        reverse_weight: of the reverse term, -log q(z | x) at those z; no such term without driven prior.
         prior_signals_per_step: how many of the present signals, drawn at random, are decoded for that term in a
             step; an unbiased estimate of the mean over all of them.
         min_posterior_std: mean standard deviation of Q below which training stops: its samples then say nothing

@@ -1,4 +1,4 @@
-"""The training losses: L_DAM of Multiface and L of LiP-Flow.
+"""The training losses: L_DAM of Multiface, L of LiP-Flow, and that of a driver which is added to a trained avatar.
 
 Reductions, stated once. All terms are dimensionless.
 
@@ -14,12 +14,16 @@ latent
     ``dam``: KL(Q || N(0, I)). Otherwise a single-sample estimate of KL(Q || P(. | h)) with Q's analytic entropy,
     E_Q[log q] - log p(z | h), or its second part alone (``latent_estimate: likelihood``), mean over the frames that
     show the signal and over the present signals. All are divided by D: they are means over latent dimensions. A batch
-    without any signal takes P = N(0, I) in y, and so does ``flow-gaussian`` always.
+    without any signal takes P = N(0, I) in y, and so does ``flow-gaussian`` always. ``dam-regressor``: the squared
+    error of the regressed z to Q's mean in units of Q's standard deviations, which counts what the decoder tells apart,
+    with the same means.
 prior_image, prior_geometry
-    As image and geometry, decoded from z = f^-1(y), y ~ P(. | h), over the frames that show the signal; mean over
-    the signals drawn in this step.
+    As image and geometry, decoded from z = f^-1(y), y ~ P(. | h), or from the regressed z, over the frames that show
+    the signal; mean over the signals drawn in this step.
 reverse
     -log q(z | x) / D at the same z, mean over frames and drawn signals as they.
+
+A driver that is added to a trained avatar has no image, geometry and average_texture terms: they do not depend on it.
 
 Diagnostics are no part of the loss
 -----------------------------------
@@ -74,7 +78,10 @@ class LossTerms:
 
 @dataclass
 class _Driven:
-    """One signal's prior, and the frames that show the signal."""
+    """One signal's prior, and the frames that show the signal.
+
+    A regressor's answer is the prior's mean, and there is no more of it.
+    """
 
     prior: DiagonalGaussian
     present: Tensor
@@ -104,25 +111,86 @@ def training_loss(
             f"{config.min_posterior_std:g} (min_posterior_std): raise latent_weight, or take latent_estimate kl"
         )
     z = posterior.sample(generator)
-    driven = _drive(avatar, batch, generator)
-    per_frame, diagnostics = _latent_terms(avatar, posterior, z, driven, config)
-    diagnostics["posterior_std"] = posterior_std
+    driven = _drive(avatar, batch, avatar.signals, generator)
+    terms, diagnostics = _latent_terms(avatar, posterior, z, driven, config)
+    latents, weights = _prior_latents(avatar, driven, config, generator)
+    if config.reverse_weight > 0 and latents:
+        terms["reverse"] = _reverse_term(posterior, latents, weights)
+    if config.prior_weight == 0:
+        latents, weights = [], []
+    (own, *prior), textures = _compare(avatar, renderer, batch, [z, *latents], [torch.ones_like(z[:, 0]), *weights])
+    terms |= own | _prior_terms(prior)
+    if config.average_texture_weight > 0:
+        mask = _weight_mask(renderer, batch.average_texture.shape[-1])
+        terms["average_texture"] = _average_texture_term(
+            textures[: len(z)], batch.average_texture, mask, avatar.texture_std
+        )
+    return _weighted(terms, diagnostics | {"posterior_std": posterior_std}, batch, config)
 
-    drawn: list[str] = []
-    if (config.prior_weight > 0 or config.reverse_weight > 0) and driven:
-        names = list(driven)
-        order = torch.randperm(len(names), generator=generator, device=generator.device).tolist()
-        drawn = [names[index] for index in order[: config.prior_signals_per_step]]
-    latents, weights = [z], [torch.ones_like(z[:, 0])]
-    for name in drawn:
-        prior = driven[name].prior
-        latents.append(avatar.latent_from_driven(prior.sample(generator), prior))
-        weights.append(driven[name].present.to(z.dtype))
-    if config.reverse_weight > 0 and drawn:
-        per_frame["reverse"] = _reverse_term(posterior, latents[1:], weights[1:])
-    decoded = len(latents) if config.prior_weight > 0 else 1
-    per_frame |= _reconstruction_terms(avatar, renderer, batch, latents[:decoded], weights[:decoded], config)
 
+def driver_loss(
+    avatar: Avatar,
+    renderer: Renderer,
+    batch: FrameBatch,
+    config: LossConfig,
+    generator: torch.Generator,
+    signals: Sequence[str],
+) -> LossTerms:
+    """The loss of drivers that are added to a trained avatar, all the rest of which is frozen.
+
+    The latent, prior and reverse terms of :func:`training_loss`, over these signals alone: what does not depend on
+    their drivers is not computed. The arguments and errors are those of :func:`training_loss`.
+
+    Args:
+        avatar: of any method with drivers.
+        renderer: of the avatar's topology.
+        batch: B frames with K views.
+        config: weights.
+        generator: of the latent samples, the drawn signals and the drivers' dropout.
+        signals: those whose drivers are trained.
+
+    Raises:
+        NonFiniteLossError: a term is not finite.
+        LipflowError: the batch has none of these signals.
+    """
+    with torch.no_grad():
+        posterior = avatar.encode(batch.vertices, batch.average_texture)
+        z = posterior.sample(generator)
+    driven = _drive(avatar, batch, signals, generator)
+    if not driven:
+        raise LipflowError(f"the batch has none of the signals {list(signals)}: add them to loader.signals")
+    terms, diagnostics = _latent_terms(avatar, posterior, z, driven, config)
+    latents, weights = _prior_latents(avatar, driven, config, generator)
+    if config.reverse_weight > 0:
+        terms["reverse"] = _reverse_term(posterior, latents, weights)
+    if config.prior_weight > 0:
+        terms |= _prior_terms(_compare(avatar, renderer, batch, latents, weights)[0])
+    diagnostics["posterior_std"] = posterior.log_std.exp().mean()
+    return _weighted(terms, diagnostics, batch, config)
+
+
+def reconstruction_loss(
+    avatar: Avatar, renderer: Renderer, z: Tensor, batch: FrameBatch, config: LossConfig
+) -> LossTerms:
+    """L_rec of given latents: the image and geometry terms, as in :func:`training_loss`.
+
+    Args:
+        avatar: on the batch's device.
+        renderer: of the avatar's topology.
+        z: ``(B, D)``.
+        batch: the B frames that the latents should explain.
+        config: weights.
+    """
+    (terms,), _ = _compare(avatar, renderer, batch, [z], [torch.ones_like(z[:, 0])])
+    image, geometry = terms["image"].sum(), terms["geometry"].sum()
+    total = config.image_weight * image + config.geometry_weight * geometry
+    return LossTerms(total, {"image": image.detach(), "geometry": geometry.detach()})
+
+
+def _weighted(
+    per_frame: dict[str, Tensor], diagnostics: dict[str, Tensor], batch: FrameBatch, config: LossConfig
+) -> LossTerms:
+    """The weighted sum over terms and frames; NonFiniteLossError if it is not finite."""
     factors = {
         "image": config.image_weight,
         "geometry": config.geometry_weight,
@@ -138,30 +206,35 @@ def training_loss(
     return LossTerms(total, {name: values.detach().sum() for name, values in per_frame.items()}, diagnostics)
 
 
-def reconstruction_loss(
-    avatar: Avatar, renderer: Renderer, z: Tensor, batch: FrameBatch, config: LossConfig
-) -> LossTerms:
-    """L_rec of given latents: the image and geometry terms, as in :func:`training_loss`.
+def _drive(avatar: Avatar, batch: FrameBatch, signals: Sequence[str], generator: torch.Generator) -> dict[str, _Driven]:
+    def prior(signal: str) -> DiagonalGaussian:
+        if avatar.config.method != "dam-regressor":
+            return avatar.prior(signal, batch.driving, generator)
+        answer = avatar.regress(signal, batch.driving, generator)
+        return DiagonalGaussian(answer, torch.zeros_like(answer))
 
-    Args:
-        avatar: on the batch's device.
-        renderer: of the avatar's topology.
-        z: ``(B, D)``.
-        batch: the B frames that the latents should explain.
-        config: weights.
-    """
-    terms = _reconstruction_terms(avatar, renderer, batch, [z], [torch.ones_like(z[:, 0])], config)
-    image, geometry = terms["image"].sum(), terms["geometry"].sum()
-    total = config.image_weight * image + config.geometry_weight * geometry
-    return LossTerms(total, {"image": image.detach(), "geometry": geometry.detach()})
-
-
-def _drive(avatar: Avatar, batch: FrameBatch, generator: torch.Generator) -> dict[str, _Driven]:
     return {
-        signal: _Driven(avatar.prior(signal, batch.driving, generator), avatar.presence(signal, batch.driving))
-        for signal in avatar.signals
+        signal: _Driven(prior(signal), avatar.presence(signal, batch.driving))
+        for signal in signals
         if signal in given_signals(batch.driving)
     }
+
+
+def _prior_latents(
+    avatar: Avatar, driven: dict[str, _Driven], config: LossConfig, generator: torch.Generator
+) -> tuple[list[Tensor], list[Tensor]]:
+    """z ``(B, D)`` of the signals drawn in this step, and each frame's weight ``(B,)``; none if no term wants them."""
+    if not driven or (config.prior_weight == 0 and config.reverse_weight == 0):
+        return [], []
+    names = list(driven)
+    order = torch.randperm(len(names), generator=generator, device=generator.device).tolist()
+    latents, weights = [], []
+    for name in (names[index] for index in order[: config.prior_signals_per_step]):
+        prior = driven[name].prior
+        regressed = avatar.config.method == "dam-regressor"
+        latents.append(prior.mean if regressed else avatar.latent_from_driven(prior.sample(generator), prior))
+        weights.append(driven[name].present.to(prior.mean.dtype))
+    return latents, weights
 
 
 def _latent_terms(
@@ -177,9 +250,13 @@ def _latent_terms(
         return {"latent": divergence / (dimensions * frames)}, {}
     terms, diagnostics = {}, {}
     for name, signal in driven.items():
+        shown = signal.present.sum().clamp(min=1)
+        if avatar.config.method == "dam-regressor":
+            error = posterior.whiten(signal.prior.mean).square().mean(-1)
+            terms[f"latent_{name}"] = torch.where(signal.present, error, 0.0) / shown
+            continue
         y, log_det = avatar.driven_from_latent(z, signal.prior)
         divergence = (log_posterior - log_det - signal.prior.log_prob(y)) / dimensions
-        shown = signal.present.sum().clamp(min=1)
         terms[f"latent_{name}"] = torch.where(signal.present, divergence, 0.0) / shown
         square = signal.prior.whiten(y).detach().square().mean(-1)
         diagnostics[f"prior_residual_rms_{name}"] = (torch.where(signal.present, square, 0.0).sum() / shown).sqrt()
@@ -195,45 +272,43 @@ def _reverse_term(posterior: DiagonalGaussian, latents: Sequence[Tensor], weight
     return torch.stack(terms).mean(0)
 
 
-def _reconstruction_terms(
-    avatar: Avatar,
-    renderer: Renderer,
-    batch: FrameBatch,
-    latents: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    config: LossConfig,
-) -> dict[str, Tensor]:
-    """Decode and render all latents of the batch's frames at once; the first are Q's samples, the others P's."""
-    rounds = len(latents)
+def _compare(
+    avatar: Avatar, renderer: Renderer, batch: FrameBatch, latents: Sequence[Tensor], weights: Sequence[Tensor]
+) -> tuple[list[dict[str, Tensor]], Tensor]:
+    """Decode and render all latents of the batch's frames at once, and compare each with the frames.
+
+    Args:
+        avatar: on the batch's device.
+        renderer: of the avatar's topology.
+        batch: B frames with K views.
+        latents: L times ``(B, D)``.
+        weights: of the frames, for each of them ``(B,)``.
+
+    Returns:
+        L times the terms ``image`` and ``geometry``, and the decoded textures ``(L B, K, 3, T, T)``.
+    """
+    rounds, frames = len(latents), len(batch.frame_ids)
     cameras = map_tensors(batch.cameras, lambda tensor: tensor.repeat(rounds, *[1] * (tensor.ndim - 1)))
     decoded = avatar.decode(torch.cat(list(latents)), cameras.view_vectors())
     textures = avatar.correct_color(decoded.textures, batch.camera_index.repeat(rounds, 1))
-    with torch.autocast(textures.device.type, enabled=False):
-        height, width = batch.images.shape[-2:]
-        rendered = renderer.render(decoded.vertices, textures, cameras, (height, width))
-    frames = len(batch.frame_ids)
-
-    def split(tensor: Tensor) -> tuple[Tensor, ...]:
-        return tensor.split(frames)
-
-    images = [
-        _image_term(image, batch, weight_mask * frame_weight[:, None, None, None], avatar.texture_std)
-        for image, weight_mask, frame_weight in zip(split(rendered.image), split(rendered.weight), weights, strict=True)
+    height, width = batch.images.shape[-2:]
+    rendered = renderer.render(decoded.vertices, textures, cameras, (height, width))
+    parts = (tensor.split(frames) for tensor in (rendered.image, rendered.weight, decoded.vertices))
+    terms = [
+        {
+            "image": _image_term(image, batch, mask * weight[:, None, None, None], avatar.texture_std),
+            "geometry": _geometry_term(vertices, batch.vertices, weight, avatar.vertices_std),
+        }
+        for image, mask, vertices, weight in zip(*parts, weights, strict=True)
     ]
-    geometries = [
-        _geometry_term(vertices, batch.vertices, frame_weight, avatar.vertices_std)
-        for vertices, frame_weight in zip(split(decoded.vertices), weights, strict=True)
-    ]
-    terms = {"image": images[0], "geometry": geometries[0]}
-    if config.average_texture_weight > 0:
-        mask = _weight_mask(renderer, batch.average_texture.shape[-1])
-        terms["average_texture"] = _average_texture_term(
-            decoded.textures[:frames], batch.average_texture, mask, avatar.texture_std
-        )
-    if rounds > 1:
-        terms["prior_image"] = torch.stack(images[1:]).mean(0)
-        terms["prior_geometry"] = torch.stack(geometries[1:]).mean(0)
-    return terms
+    return terms, decoded.textures
+
+
+def _prior_terms(compared: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean over the drawn signals, under names of their own; nothing if none was drawn."""
+    if not compared:
+        return {}
+    return {f"prior_{name}": torch.stack([terms[name] for terms in compared]).mean(0) for name in compared[0]}
 
 
 def _image_term(image: Tensor, batch: FrameBatch, weight: Tensor, unit: float) -> Tensor:

@@ -137,14 +137,18 @@ class Avatar(nn.Module):
         return self.color(textures, camera_index)
 
     @torch.no_grad()
-    def measure_driving(self, driving: DrivingSignals) -> None:
+    def measure_driving(self, driving: DrivingSignals, signals: Sequence[str] | None = None) -> None:
         """Normalise headset and frontal images by the statistics of these training frames.
 
         To be called once, before training and with the same frames on every worker; the statistics are saved with
         the weights.
+
+        Args:
+            driving: of the training frames.
+            signals: those whose drivers are to be trained; None: all. The statistics of the others stay.
         """
         driving = self.visible(driving)
-        for name in self.signals:
+        for name in self.signals if signals is None else signals:
             if find_signal(name).given(driving):
                 cast(Driver, self.drivers[name]).measure(driving)
 
@@ -169,7 +173,7 @@ class Avatar(nn.Module):
         return find_signal(signal).present(self.visible(driving))
 
     def prior(self, signal: str, driving: DrivingSignals, generator: torch.Generator | None = None) -> DiagonalGaussian:
-        """P(y | h) of one signal; N(0, I) in frames where it shows nothing, and always without drivers.
+        """P(y | h) of one signal; N(0, I) in frames where it shows nothing, and always without driven prior.
 
         Args:
             signal: one of ``self.signals``; any driving signal without drivers.
@@ -179,20 +183,21 @@ class Avatar(nn.Module):
         Raises:
             LipflowError: the avatar has no driver for the signal, or ``driving`` lacks it.
         """
-        if not find_signal(signal).given(driving):
-            raise LipflowError(
-                f"the input has no {signal} signal, it has {list(given_signals(driving))}: use one of them"
-            )
         driving = self.visible(driving)
-        present = find_signal(signal).present(driving)
+        present = self._shown(signal, driving)
         nothing = self.prior_without_signal(len(present))
-        if not self.config.is_driven:
+        if not self.config.has_driven_prior:
             return nothing
-        if signal not in self.signals:
-            raise LipflowError(
-                f"this avatar has no {signal} driver, it has {list(self.signals)}: train one, or use those"
-            )
-        return self.drivers[signal](driving, generator).where(present, nothing)
+        return self._driver(signal)(driving, generator).where(present, nothing)
+
+    def regress(self, signal: str, driving: DrivingSignals, generator: torch.Generator | None = None) -> Tensor:
+        """The z ``(B, D)`` that the driver of a ``dam-regressor`` answers; 0 in frames where the signal shows nothing.
+
+        Arguments and errors are those of :meth:`prior`.
+        """
+        driving = self.visible(driving)
+        present = self._shown(signal, driving)
+        return torch.where(present[:, None], self._driver(signal)(driving, generator).mean, 0.0)
 
     def prior_without_signal(self, count: int) -> DiagonalGaussian:
         """What is known of ``count`` faces without any signal: N(0, I) in y, ``(count, D)``."""
@@ -201,7 +206,7 @@ class Avatar(nn.Module):
     def fused_prior(self, signals: Sequence[str], driving: DrivingSignals) -> DiagonalGaussian:
         """The product over ``signals`` of P(y | h) without a frame's absent ones; N(0, I) if all are absent."""
         experts = [self.prior(signal, driving) for signal in signals]
-        if not self.config.is_driven:
+        if not self.config.has_driven_prior:
             # It says nothing of any signal: it counts once, however many there are.
             return experts[0]
         return product_of_gaussians(experts, [self.presence(signal, driving) for signal in signals])
@@ -222,19 +227,43 @@ class Avatar(nn.Module):
             return self.flow.inverse(y, prior)
 
     def start(self, gaussian: DiagonalGaussian) -> Tensor:
-        """Where a fit starts, and what a regressor would answer: z = f^-1(mean), ``(B, D)``."""
+        """Where the fit of a driven prior starts: z = f^-1(mean), ``(B, D)``."""
         return self.latent_from_driven(gaussian.mean, gaussian)
 
     def start_from(self, signals: Sequence[str], driving: DrivingSignals) -> Tensor:
-        """What the signals say of z without any fit, ``(B, D)``: :meth:`start` of their :meth:`fused_prior`."""
-        return self.start(self.fused_prior(signals, driving))
+        """What the signals say of z without any fit, ``(B, D)``.
+
+        :meth:`start` of their :meth:`fused_prior`; for ``dam-regressor`` the mean of the answers of the signals that a
+        frame shows, 0 if it shows none.
+        """
+        if self.config.method != "dam-regressor":
+            return self.start(self.fused_prior(signals, driving))
+        answers = torch.stack([self.regress(signal, driving) for signal in signals])
+        shown = torch.stack([self.presence(signal, driving) for signal in signals]).sum(0)
+        return answers.sum(0) / shown.clamp(min=1)[:, None]
+
+    def _shown(self, signal: str, driving: DrivingSignals) -> Tensor:
+        """``(B,)`` bool: the frames that show ``signal``; LipflowError if ``driving`` has no such signal."""
+        if not find_signal(signal).given(driving):
+            raise LipflowError(
+                f"the input has no {signal} signal, it has {list(given_signals(driving))}: use one of them"
+            )
+        return self.presence(signal, driving)
+
+    def _driver(self, signal: str) -> nn.Module:
+        if signal not in self.signals:
+            raise LipflowError(
+                f"this avatar has no {signal} driver, it has {list(self.signals)}: train one with --add-driver, or use "
+                "those"
+            )
+        return self.drivers[signal]
 
     def _in_mm(self, vertices: Tensor) -> Tensor:
         return vertices.float() * self.vertices_std + self.vertices_mean
 
 
 def _resolve_signals(config: AvatarConfig, context: AvatarContext) -> tuple[str, ...]:
-    if not config.is_driven:
+    if not config.has_drivers:
         return ()
     offered = context.offered_signals
     if config.signals is None:

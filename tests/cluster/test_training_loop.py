@@ -17,10 +17,12 @@ from cluster.training_loop import (
     TrainRecipe,
     batches_from,
     checkpoint_folder,
+    descend,
     learning_rate_factor,
     parameter_groups,
     seed_of,
 )
+from lipflow.losses import NonFiniteLossError
 from pipeline import storage
 
 RECIPE = TrainRecipe(steps=100, warmup_steps=10, learning_rate=1e-3, color_learning_rate_factor=7.0)
@@ -73,6 +75,29 @@ def test_parameter_groups_hold_every_parameter_once_and_colour_is_faster():
     assert color["lr"] == color["base_lr"] == pytest.approx(7e-3)
 
 
+def test_frozen_parameters_are_in_no_group():
+    avatar = nn.Module()
+    avatar.color, avatar.decoder, avatar.driver = nn.Linear(2, 3), nn.Linear(4, 4), nn.Linear(4, 2)
+    avatar.requires_grad_(False)
+    avatar.driver.requires_grad_(True)
+    (group,) = parameter_groups(avatar, RECIPE)
+    assert {id(p) for p in group["params"]} == {id(p) for p in avatar.driver.parameters()}
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_optimiser():
+    parameter = nn.Parameter(torch.tensor([1.0, 2.0]))
+    optimizer = torch.optim.Adam([parameter], 0.1)
+    assert descend(parameter.square().sum(), optimizer, 1.0, 0, ["SEG/0"]) == pytest.approx(20**0.5)
+    before = parameter.detach().clone()
+    # Finite, as 0 is, and yet without a finite gradient.
+    loss = (parameter * 0).sum().sqrt()
+    assert loss.isfinite()
+    with pytest.raises(NonFiniteLossError, match="gradient is not finite at step 7, frames SEG/1, SEG/2"):
+        descend(loss, optimizer, 1.0, 7, ["SEG/1", "SEG/2"])
+    assert torch.equal(parameter, before)
+    assert optimizer.state[parameter]["step"] == 1
+
+
 @pytest.mark.parametrize("step", [0, 1, 4, 5, 12])
 def test_batches_from_a_step_are_those_that_come_after_skipping_it(step: int):
     everything = list(islice(batches_from(FakeLoader(), 0), 20))
@@ -119,3 +144,30 @@ def test_methods_without_drivers_refuse_the_terms_that_need_one():
     with pytest.raises(ValidationError, match=r"loss\.latent_estimate"):
         TrainRecipe(avatar={"method": "dam"}, loss={"latent_estimate": "likelihood"})
     assert TrainRecipe(avatar={"method": "flow-gaussian"}, loss={"latent_estimate": "likelihood"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"add_drivers": ["hmc"]}, "give both"),
+        ({"model": "models:/lipflow@champion"}, "give both"),
+        ({"add_drivers": ["hmc", "hmc"], "model": "m"}, "names a signal twice"),
+        ({"add_drivers": ["voice"], "model": "m"}, "add_drivers.0"),
+        ({"add_drivers": ["hmc"], "model": "m", "loader": {"signals": ["keypoints"]}}, r"loader\.signals lacks hmc"),
+        ({"add_drivers": ["hmc"], "model": "m", "loss": {"latent_weight": 0, "prior_weight": 0}}, "has no term"),
+        ({"avatar": {"method": "dam-regressor"}}, "train one with avatar.method=dam, then give it drivers"),
+        ({"avatar": {"method": "dam"}, "loss": {"reverse_weight": 1}}, "avatar.method is dam, whose prior"),
+        (
+            {
+                "avatar": {"method": "dam-regressor"},
+                "add_drivers": ["hmc"],
+                "model": "m",
+                "loss": {"reverse_weight": 1},
+            },
+            "avatar.method is dam-regressor, whose prior",
+        ),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused_with_the_remedy(changes, message):
+    with pytest.raises(ValidationError, match=message):
+        TrainRecipe.model_validate(changes)

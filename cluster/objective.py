@@ -1,0 +1,61 @@
+"""What a training minimises, and what its checkpoints are compared by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+
+from lipflow.config import LossConfig
+from lipflow.losses import LossTerms, driver_loss, reconstruction_loss, training_loss
+from lipflow.model.avatar import Avatar
+from lipflow.model.drivers import given_signals
+from lipflow.render.renderer import Renderer
+from lipflow.types import FrameBatch
+
+
+class Objective(nn.Module):
+    """The training loss as one module, so that DDP's hooks see every gradient.
+
+    Args:
+        avatar: with the drivers to be trained.
+        renderer: of its topology.
+        config: weights.
+        add_drivers: signals of the drivers that alone are trained; empty: everything is.
+    """
+
+    def __init__(self, avatar: Avatar, renderer: Renderer, config: LossConfig, add_drivers: Sequence[str] = ()):
+        super().__init__()
+        self.avatar = avatar
+        self._renderer = renderer
+        self._config = config
+        self._add_drivers = tuple(add_drivers)
+
+    def forward(self, batch: FrameBatch, generator: torch.Generator) -> LossTerms:
+        """Loss of one batch; see :func:`lipflow.losses.training_loss` and :func:`lipflow.losses.driver_loss`."""
+        if self._add_drivers:
+            return driver_loss(self.avatar, self._renderer, batch, self._config, generator, self._add_drivers)
+        return training_loss(self.avatar, self._renderer, batch, self._config, generator)
+
+    @torch.no_grad()
+    def validate(self, batches: Iterable[FrameBatch]) -> tuple[float, int]:
+        """Sum over frames of the mean reconstruction loss, and the number of frames.
+
+        The latents are the posterior mean and, for each driving signal, what it says of z without any fit: the best
+        avatar is one that is both accurate and drivable. With ``add_drivers`` it is theirs alone.
+        """
+        total, frames = 0.0, 0
+        for batch in batches:
+            latents = [] if self._add_drivers else [self.avatar.encode(batch.vertices, batch.average_texture).mean]
+            latents += [
+                self.avatar.start_from([signal], batch.driving)
+                for signal in self._add_drivers or self.avatar.signals
+                if signal in given_signals(batch.driving)
+            ]
+            losses = [
+                reconstruction_loss(self.avatar, self._renderer, z, batch, self._config).total.item() for z in latents
+            ]
+            total += sum(losses) / len(losses) * len(batch.frame_ids)
+            frames += len(batch.frame_ids)
+        return total, frames
