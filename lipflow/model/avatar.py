@@ -174,22 +174,24 @@ class Avatar(nn.Module):
 
     def log_prior(self, z: Tensor, gaussian: DiagonalGaussian) -> Tensor:
         """``(B,)`` log p(z | h) = log N(f(z); mean, std) + log |det df/dz|, in nats."""
-        y, log_det = self.driven_from_latent(z)
+        y, log_det = self.driven_from_latent(z, gaussian)
         return gaussian.log_prob(y) + log_det
 
-    def driven_from_latent(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """y = f(z), ``(B, D)``, and ``log |det df/dz| (B,)``."""
+    def driven_from_latent(self, z: Tensor, prior: DiagonalGaussian | None = None) -> tuple[Tensor, Tensor]:
+        """y = f(z), ``(B, D)``, and ``log |det df/dz| (B,)``; ``prior`` is that of y, for flows conditioned on it."""
+        del prior
         with torch.autocast(z.device.type, enabled=False):
             return self.flow(z)
 
-    def latent_from_driven(self, y: Tensor) -> Tensor:
-        """z = f^-1(y), ``(B, D)``."""
+    def latent_from_driven(self, y: Tensor, prior: DiagonalGaussian | None = None) -> Tensor:
+        """z = f^-1(y), ``(B, D)``; ``prior`` is that of y, for flows conditioned on it."""
+        del prior
         with torch.autocast(y.device.type, enabled=False):
             return self.flow.inverse(y)
 
     def start(self, gaussian: DiagonalGaussian) -> Tensor:
         """Where a fit starts, and what a regressor would answer: z = f^-1(mean), ``(B, D)``."""
-        return self.latent_from_driven(gaussian.mean)
+        return self.latent_from_driven(gaussian.mean, gaussian)
 
     def start_from(self, signals: Sequence[str], driving: DrivingSignals) -> Tensor:
         """What the signals say of z without any fit, ``(B, D)``: :meth:`start` of their :meth:`fused_prior`."""
