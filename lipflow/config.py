@@ -224,9 +224,18 @@ class FitConfig(StrictConfig):
     """Settings of the inference-time optimisation.
 
     Attributes:
-        iterations: Adam steps.
-        learning_rate: of Adam on z.
+        optimizer: ``adam``, or ``lbfgs`` with a line search, in each frame by itself.
+        space: coordinates that the optimiser moves in: ``z``, or ``y = f(z)``, in which the driven prior is a
+            Gaussian. What is sought, and the objective, are the same.
+        iterations: renderings after that of the start: steps of Adam, or trials of L-BFGS's line search.
+        learning_rate: of Adam; the RMS over the coordinates of L-BFGS's very first step.
+        history: pairs of steps and gradient changes that L-BFGS keeps.
+        patience: iterations over which a frame's progress is judged; None: no frame stops before ``iterations``.
+        tolerance: a frame stops when the last ``patience`` iterations brought at most this share of all that its fit
+            has gained.
         prior_weight: lambda, of -log p(z | h) per latent dimension.
+        temporal_weight: of half the squared distance from the previous frame's answer per latent dimension, where a
+            sequence is fitted (:func:`lipflow.fitting.fit_sequence`).
         headset_cutoff: error of a headset pixel, in standard deviations of its view, beyond which it counts as hidden
             by something that is no face (Geman-McClure).
         keypoint_noise_mm: standard deviation of a landmark; residuals are measured in it.
@@ -235,9 +244,15 @@ class FitConfig(StrictConfig):
         antialias: renderings are blended across silhouettes, whose place then has a gradient too.
     """
 
+    optimizer: Literal["adam", "lbfgs"] = "adam"
+    space: Literal["z", "y"] = "z"
     iterations: int = Field(20, ge=0)
     learning_rate: float = Field(0.05, gt=0)
+    history: int = Field(10, ge=1)
+    patience: int | None = Field(20, ge=1)
+    tolerance: float = Field(0.001, ge=0, lt=1)
     prior_weight: float = Field(0.3, ge=0)
+    temporal_weight: float = Field(0.0, ge=0)
     headset_cutoff: float = Field(1.0, gt=0)
     keypoint_noise_mm: float = Field(2.0, gt=0)
     keypoint_cutoff: float = Field(3.0, gt=0)

@@ -1,9 +1,4 @@
-"""Inference-time optimisation: the latent code that explains what a driving signal shows.
-
-    z* = argmin_z  L_obs(D(z), o) - lambda / D log p(z | h),  started at f^-1(mean of P(y | h))
-
-``dam`` has p = N(0, I) and starts at z = 0. Frames are optimised side by side and never influence each other. L_obs
-is what the signal shows and nothing else:
+"""What a fit compares: L_obs is what the driving signal shows, and nothing else.
 
 hmc, frontal
     Photometric: squared error of the rendered image in units of the texture std, mean over channels, then over the
@@ -22,16 +17,13 @@ keypoints
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from lipflow.config import FitConfig
-from lipflow.errors import LipflowError
 from lipflow.model.avatar import Avatar
 from lipflow.model.color import solve_gain_bias
 from lipflow.model.drivers import SeenViews, frontal_view, headset_views, landmark_residuals_mm, seen_keypoints
@@ -50,85 +42,28 @@ GREY_OF_RGB = (0.299, 0.587, 0.114)
 """Luma weights (ITU-R BT.601): how a monochrome headset camera sees a colour texture."""
 
 
-@dataclass
-class FitResult:
-    """Latent codes of B frames.
-
-    Attributes:
-        z: ``(B, D)`` each frame's best iterate.
-        start: ``(B, D)`` where its optimisation started.
-        objective: ``(B,)`` at ``z``.
-        trace: ``(iterations + 1, B)`` objective at the start and after every step.
-        observed_trace: the same for L_obs alone.
-        seconds: wall-clock time of the whole batch.
-    """
-
-    z: Tensor
-    start: Tensor
-    objective: Tensor
-    trace: Tensor
-    observed_trace: Tensor
-    seconds: float
-
-
-def fit(
+def observed_error(
     avatar: Avatar,
     renderer: Renderer,
     driving: DrivingSignals,
-    signals: str | Sequence[str],
+    signals: Sequence[str],
+    z: Tensor,
     config: FitConfig,
-    start: Tensor | None = None,
-) -> FitResult:
-    """Fit the latent codes of B frames to one driving signal, or to several at once.
-
-    The avatar is not changed. With several signals L_obs is their sum, and the prior the product of theirs.
+) -> Tensor:
+    """L_obs of each frame, ``(B,)``: the sum over ``signals``.
 
     Args:
-        avatar: trained.
-        renderer: of its topology, on the same device.
-        driving: the signals of B frames, on the same device.
-        signals: ``hmc``, ``frontal``, ``keypoints``, or several of them.
-        config: iterations, learning rate, weights.
-        start: ``(B, D)`` start instead of f^-1(mean), for instance a regressor's answer.
+        avatar: decodes ``z``.
+        renderer: of its topology.
+        driving: what B frames show.
+        signals: one or more of ``hmc``, ``frontal``, ``keypoints``.
+        z: ``(B, D)``.
+        config: cutoffs and noise.
 
     Raises:
-        LipflowError: a signal is missing, or the objective of a frame is not finite.
+        LipflowError: ``driving`` lacks a signal.
     """
-    names = (signals,) if isinstance(signals, str) else tuple(signals)
-    if not names:
-        raise LipflowError("no signal to fit to: name at least one of hmc, frontal, keypoints")
-    began = time.perf_counter()
-    driving = avatar.visible(driving)
-    with torch.no_grad():
-        prior = avatar.fused_prior(names, driving)
-        start = avatar.start_from(names, driving) if start is None else start
-    z = start.detach().clone().requires_grad_()
-    optimizer = torch.optim.Adam([z], lr=config.learning_rate)
-    best, lowest = z.detach().clone(), torch.full_like(z[:, 0], torch.inf)
-    trace, observed_trace = [], []
-    for iteration in range(config.iterations + 1):
-        observed = torch.stack([_OBSERVED[name](avatar, renderer, driving, z, config) for name in names]).sum(0)
-        objective = observed - config.prior_weight / z.shape[-1] * avatar.log_prior(z, prior)
-        value = objective.detach()
-        if not torch.isfinite(value).all():
-            frames = (~torch.isfinite(value)).nonzero()[:, 0].tolist()
-            raise LipflowError(
-                f"the objective of frames {frames} of the batch is not finite at iteration {iteration}: "
-                "lower the learning rate"
-            )
-        improved = value < lowest
-        lowest = torch.where(improved, value, lowest)
-        best = torch.where(improved[:, None], z.detach(), best)
-        trace.append(value)
-        observed_trace.append(observed.detach())
-        if iteration < config.iterations:
-            # The sum keeps frames apart: each row of the gradient, and of Adam's state, belongs to one of them.
-            (z.grad,) = torch.autograd.grad(objective.sum(), z)
-            optimizer.step()
-    if z.is_cuda:
-        torch.cuda.synchronize(z.device)
-    seconds = time.perf_counter() - began
-    return FitResult(best, start, lowest, torch.stack(trace), torch.stack(observed_trace), seconds)
+    return torch.stack([_OBSERVED[name](avatar, renderer, driving, z, config) for name in signals]).sum(0)
 
 
 def _observe_headset(
