@@ -38,7 +38,7 @@ class MaskedSetEncoder(nn.Module):
         The token of a part that is not seen must not depend on what stands in its place.
         """
         key = self.norm(token)
-        # A frame without any is not masked: a softmax over nothing has no value, and nobody asks for the result.
+        # A frame without any is not masked: not every kernel has a value for a softmax over nothing.
         hidden = ~seen & seen.any(-1, keepdim=True)
         token = token + self.attention(key, key, key, key_padding_mask=hidden, need_weights=False)[0]
         token = token + self.contract(leaky(self.expand(self.own_norm(token))))
