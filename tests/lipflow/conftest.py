@@ -150,7 +150,7 @@ TINY = {
     "warp_channels": (4, 3),
     "driver_image_size": 16,
     "driver_channels": (5, 4),
-    "driver_hidden_size": 10,
+    "driver_hidden_size": 12,
     "driver_token_size": 8,
     "driver_subset_dropout": 0.0,
     "flow_hidden_size": 8,

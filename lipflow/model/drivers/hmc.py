@@ -14,14 +14,15 @@ from lipflow.model.context import AvatarContext
 from lipflow.model.drivers.head import GaussianHead
 from lipflow.model.drivers.hiding import hide_at_random
 from lipflow.model.drivers.images import ImageNormalizer, SeenViews
+from lipflow.model.drivers.masked_set import MaskedSetEncoder
 from lipflow.model.drivers.signal import Driver, Signal, chosen_parts, register, required
 from lipflow.model.gaussian import DiagonalGaussian
 from lipflow.types import DrivingSignals
 
 
 class HeadsetDriver(Driver):
-    """Any number of views: one convolution tower for all cameras, a learned embedding of each camera, and the mean
-    over the views that are present."""
+    """Any number of views: one convolution tower for all cameras; its features, each with a learned embedding of its
+    camera, are the tokens of a :class:`MaskedSetEncoder`."""
 
     def __init__(self, config: AvatarConfig, num_cameras: int):
         super().__init__()
@@ -30,8 +31,9 @@ class HeadsetDriver(Driver):
         self.normalize = ImageNormalizer(num_cameras, 1, config.driver_image_size)
         self.tower = DownTower(1, config.driver_image_size, config.driver_channels)
         self.view_fc = NormLinear(self.tower.outputs, hidden)
+        self.token_fc = NormLinear(hidden, hidden, last=True)
         self.camera_embedding = nn.Parameter(torch.empty(num_cameras, hidden).normal_(0, 0.1))
-        self.camera_fc = NormLinear(hidden, hidden)
+        self.views = MaskedSetEncoder(num_cameras, hidden, hidden)
         self.head = GaussianHead(hidden, config)
 
     def forward(self, driving: DrivingSignals, generator: torch.Generator | None) -> DiagonalGaussian:
@@ -47,13 +49,12 @@ class HeadsetDriver(Driver):
                 f"{len(self.camera_embedding)}: give one view of each in its order, with hmc_present false where it "
                 "is missing"
             )
-        feature = self.tower(self.normalize(images).flatten(0, 1))
-        feature = self.view_fc(feature).unflatten(0, present.shape) + self.camera_embedding
-        feature = leaky(self.camera_fc(leaky(feature)))
-        mask = hide_at_random(present, self.config, generator)[..., None]
+        mask = hide_at_random(present, self.config, generator)
+        feature = leaky(self.view_fc(self.tower(self.normalize(images).flatten(0, 1))))
+        feature = self.token_fc(feature).unflatten(0, present.shape)
         # where, not a product: an absent view may hold anything.
-        feature = torch.where(mask, feature, 0.0).sum(1) / mask.sum(1).clamp(min=1)
-        return self.head(feature)
+        token = torch.where(mask[..., None], feature, 0.0) + self.camera_embedding
+        return self.head(self.views(token, mask))
 
     def measure(self, driving: DrivingSignals) -> None:
         """Take the statistics of the headset images."""

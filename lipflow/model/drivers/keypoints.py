@@ -8,17 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from lipflow.config import AvatarConfig
-from lipflow.model.blocks import NormLinear, leaky
 from lipflow.model.context import AvatarContext
 from lipflow.model.drivers.head import GaussianHead
 from lipflow.model.drivers.hiding import hide_at_random
+from lipflow.model.drivers.masked_set import MaskedSetEncoder
 from lipflow.model.drivers.signal import Driver, Signal, chosen_parts, register, required
 from lipflow.model.gaussian import DiagonalGaussian
 from lipflow.render.camera import project_through_lens
 from lipflow.types import CameraTensors, DrivingSignals
-
-_HEADS = 4
-"""Of the attention between landmarks."""
 
 
 @dataclass
@@ -40,13 +37,12 @@ class SeenKeypoints:
 
 
 class KeypointDriver(Driver):
-    """Landmarks as tokens: each has weights of its own, a missing one is a learned token that asks those that are seen.
+    """Landmarks as tokens of a :class:`MaskedSetEncoder`, each with an embedding and weights of its own.
 
-    A landmark's token starts from its offset from where the mean mesh projects under the known camera and head pose,
-    back-projected to millimetres at the landmark's mean depth and divided by the vertex std of the capture, so that it
-    does not depend on the image's resolution; the offset is scaled by the confidence, which stands beside it. One
-    attention block over the seen landmarks lets the missing ones take from them what they tell of their place, as
-    masked autoencoders do; a layer with weights for every landmark reads all tokens.
+    What a seen landmark adds to its embedding is its offset from where the mean mesh projects under the known camera
+    and head pose: back-projected to millimetres at the landmark's mean depth and divided by the vertex std of the
+    capture, so that it does not depend on the image's resolution; scaled by the confidence, which stands beside it and
+    tells a seen landmark in its mean place from a missing one.
     """
 
     mean_landmarks: Tensor
@@ -62,10 +58,8 @@ class KeypointDriver(Driver):
         self.unit_mm = float(context.normalization.vertices_std)
         count, width = len(mean), config.driver_token_size
         self.weight = nn.Parameter(torch.empty(count, 3, width).normal_(0, 0.5))
-        self.bias = nn.Parameter(torch.empty(count, width).normal_(0, 0.1))
-        self.missing = nn.Parameter(torch.empty(count, width).normal_(0, 0.1))
-        self.mixing = _AttentionBlock(width)
-        self.fc = NormLinear(count * width, config.driver_hidden_size)
+        self.embedding = nn.Parameter(torch.empty(count, width).normal_(0, 0.1))
+        self.landmarks = MaskedSetEncoder(count, width, config.driver_hidden_size)
         self.head = GaussianHead(config.driver_hidden_size, config)
 
     def forward(self, driving: DrivingSignals, generator: torch.Generator | None) -> DiagonalGaussian:
@@ -77,29 +71,8 @@ class KeypointDriver(Driver):
         confidence = seen.keypoints[..., 2:]
         # First of all: whatever stands in place of an unseen landmark, it must not reach a gradient either.
         shown = torch.where(mask[..., None], torch.cat([offset * confidence, confidence], -1), 0.0)
-        token = torch.einsum("bli,lio->blo", shown, self.weight) + self.bias
-        token = torch.where(mask[..., None], token, self.missing.to(token.dtype))
-        return self.head(leaky(self.fc(self.mixing(token, mask).flatten(1))))
-
-
-class _AttentionBlock(nn.Module):
-    """Every token attends to the seen ones; then a layer of each token's own. Both are added to it."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.attention = nn.MultiheadAttention(width, _HEADS, batch_first=True)
-        self.own_norm = nn.LayerNorm(width)
-        self.expand = NormLinear(width, 2 * width)
-        self.contract = NormLinear(2 * width, width, last=True)
-
-    def forward(self, token: Tensor, seen: Tensor) -> Tensor:
-        """``(B, L, width)`` under ``seen (B, L)`` bool to the same shape."""
-        key = self.norm(token)
-        # A frame without any is not masked: a softmax over nothing has no value, and nobody asks for the result.
-        hidden = ~seen & seen.any(-1, keepdim=True)
-        token = token + self.attention(key, key, key, key_padding_mask=hidden, need_weights=False)[0]
-        return token + self.contract(leaky(self.expand(self.own_norm(token))))
+        token = torch.einsum("bli,lio->blo", shown, self.weight) + self.embedding
+        return self.head(self.landmarks(token, mask))
 
 
 class KeypointSignal(Signal):
