@@ -46,7 +46,7 @@ def added(shards, tiny_training, tmp_path_factory: pytest.TempPathFactory) -> Ad
     tracking = TrackingConfig(uri=shards.tracking.uri, experiment="drivers")
     config = AvatarConfig.model_validate(tiny_training(tracking).avatar.model_dump() | {"method": "dam"})
     save_avatar(Avatar(config, context_of(ShardSet.open(shards.uri))), out / "dam")
-    settings = {"avatar": config, "steps": 4, "checkpoint_every_steps": 2, "register_as": "driven-dam"}
+    settings = {"steps": 4, "checkpoint_every_steps": 2, "register_as": "driven-dam"}
     recipe = tiny_training(tracking, add_drivers=("keypoints",), model=str(out / "dam"), **settings)
     keypoints = train(shards.uri, str(out / "keypoints"), recipe)
     hmc = tiny_training(tracking, add_drivers=("hmc",), model="models:/driven-dam@challenger", **settings)
