@@ -73,9 +73,12 @@ def resolved(recipe: TrainRecipe, model: TrainedModel | None, shards: ShardSet) 
     if model is None:
         return recipe
     avatar = load_avatar(model.folder)
-    wanted = config_with_drivers(avatar, recipe.add_drivers).model_dump()
-    given, defaults = recipe.avatar.model_dump(), AvatarConfig().model_dump()
-    changes = {name: value for name, value in given.items() if value not in (defaults[name], wanted[name])}
+    known = [
+        config.model_dump()
+        for config in (AvatarConfig(), avatar.config, config_with_drivers(avatar, recipe.add_drivers))
+    ]
+    given = recipe.avatar.model_dump()
+    changes = {name: value for name, value in given.items() if value not in [config[name] for config in known]}
     config = config_with_drivers(avatar, recipe.add_drivers, changes)
     with_drivers(avatar, config, context_of(shards))
     # Validated anew: some losses do not go with some methods.

@@ -54,7 +54,8 @@ def test_the_avatars_settings_are_the_models_but_for_its_drivers(model: str):
     assert recipe.avatar == CONFIG.model_copy(update={"method": "dam-regressor", "signals": ("keypoints",)})
     assert recipe.steps == 7
     assert _resolved(model, avatar={"driver_hidden_size": 33}).avatar.driver_hidden_size == 33
-    # What was recorded can be given again.
+    # Both what the model was trained with and what was recorded can be given.
+    assert _resolved(model, avatar=CONFIG.model_dump(), steps=7) == recipe
     assert _resolved(model, avatar=recipe.avatar.model_dump(), steps=7) == recipe
 
 

@@ -18,7 +18,11 @@ import torch
 from cluster.recipe import dump_recipe
 from cluster.tracking import TrackingConfig
 from cluster.train import train
-from cluster.training_loop import OPTIMIZER_FILE
+from cluster.training_loop import OPTIMIZER_FILE, TrainRecipe, context_of
+from lipflow.checkpoint import save_avatar
+from lipflow.config import AvatarConfig
+from lipflow.model.avatar import Avatar
+from pipeline.loading.loader import ShardSet
 
 # Raised inside MLflow, about its own use of SQLAlchemy.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")
@@ -84,10 +88,21 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
     assert not survivors
 
 
-def test_a_killed_training_continues_and_ends_in_the_same_weights(shards, tiny_training, tmp_path: Path):
-    out, recipe = tmp_path / "killed", tmp_path / "recipe.yaml"
+@pytest.fixture(params=["an avatar", pytest.param("new drivers", marks=pytest.mark.slow)])
+def settings(request, shards, tiny_training, tmp_path: Path) -> TrainRecipe:
+    """Of the training that is killed."""
     tracking = TrackingConfig(uri=shards.tracking.uri, experiment="killed")
-    settings = tiny_training(tracking, steps=STEPS, register_as=None, checkpoint_every_steps=4)
+    recipe = tiny_training(tracking, steps=STEPS, register_as=None, checkpoint_every_steps=4)
+    if request.param == "an avatar":
+        return recipe
+    dam = AvatarConfig.model_validate(recipe.avatar.model_dump() | {"method": "dam"})
+    save_avatar(Avatar(dam, context_of(ShardSet.open(shards.uri))), tmp_path / "dam")
+    drivers = {"avatar": dam.model_dump(), "add_drivers": ("hmc", "keypoints"), "model": str(tmp_path / "dam")}
+    return TrainRecipe.model_validate(recipe.model_dump() | drivers)
+
+
+def test_a_killed_training_continues_and_ends_in_the_same_weights(shards, settings: TrainRecipe, tmp_path: Path):
+    out, recipe = tmp_path / "killed", tmp_path / "recipe.yaml"
     dump_recipe(settings, recipe)
     log = tmp_path / "killed.log"
     with log.open("wb") as output:

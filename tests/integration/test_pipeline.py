@@ -105,7 +105,9 @@ def test_metric_histories_have_every_step(shards, finished: Finished):
         return [point.step for point in client.get_metric_history(finished.trained.run_id, metric)]
 
     terms = [key for key in client.get_run(finished.trained.run_id).data.metrics if key.startswith("train/")]
+    residuals = {f"train/prior_residual_rms_{signal}" for signal in DRIVING_SIGNALS}
     assert {"train/total", "train/image", "train/geometry", "train/gradient_norm"} <= set(terms)
+    assert {"train/posterior_std"} | residuals <= set(terms)
     assert all(steps(term) == [1, 2, 3, 4, 5, 6] for term in terms)
     assert steps("val/loss") == [3, 6]
     losses = {point.step: point.value for point in client.get_metric_history(finished.trained.run_id, "val/loss")}

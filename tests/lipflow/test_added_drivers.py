@@ -76,7 +76,7 @@ def test_training_leaves_every_other_tensor_bitwise_as_it_was(extend, renderer, 
 
 @pytest.mark.parametrize("method", ["conditional", "lipflow"])
 def test_the_terms_are_those_of_training_all_together(extend, renderer, batch, method):
-    """Bitwise: a single driver under the same samples and dropout."""
+    """A single driver under the same samples and dropout."""
     _, avatar = extend(method, ("keypoints",))
     config = LossConfig(reverse_weight=0.2)
     alone = driver_loss(avatar, renderer, batch, config, seeded(), ("keypoints",))
@@ -84,7 +84,8 @@ def test_the_terms_are_those_of_training_all_together(extend, renderer, batch, m
     assert set(together.terms) - set(alone.terms) == {"image", "geometry"}
     for name, value in alone.terms.items():
         if name in ("prior_image", "prior_geometry"):
-            # Decoded alone, and not beside the posterior's samples: measured 1e-7 apart.
+            # Decoded alone, and not beside the posterior's samples: equal where it was measured, but another BLAS may
+            # sum batches of other sizes in another order.
             torch.testing.assert_close(value, together.terms[name], rtol=1e-5, atol=0)
         else:
             assert torch.equal(value, together.terms[name]), name
@@ -171,7 +172,7 @@ def test_several_signals_do_not_make_the_gaussian_prior_of_a_dam_narrower(make_a
 
 
 def test_a_regressor_learns_the_latents_of_its_frames(extend, renderer, batch_of):
-    """The error of 8 frames falls by a factor of 60 in 150 steps."""
+    """The squared error of 8 frames falls from 20.2 to 0.016 in 150 steps."""
     batch = batch_of(frames=8, views=1)
     _, avatar = extend("dam", ("keypoints",), driver_dropout=0.0, log_std_scale=1.0, driver_hidden_size=32)
     optimizer = torch.optim.Adam(avatar.drivers["keypoints"].parameters(), 1e-2)
@@ -182,7 +183,7 @@ def test_a_regressor_learns_the_latents_of_its_frames(extend, renderer, batch_of
         loss.total.backward()
         optimizer.step()
         history.append(loss.terms["latent"].item())
-    assert history[-1] < history[0] / 10
+    assert history[-1] < history[0] / 100
 
 
 def test_drivers_added_one_after_another_do_not_touch_each_other(extend, context, batch, tmp_path):
