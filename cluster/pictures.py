@@ -16,6 +16,7 @@ ERROR_FULL_SCALE = 64.0
 COMPARISON_LABELS = ("photo", "reconstruction", f"error, 0 to {ERROR_FULL_SCALE:.0f} levels")
 
 _PAPER, _INK, _MUTED = (255, 255, 255), (24, 28, 36), (96, 104, 118)
+_FACE_SHARE = 0.25
 _GAP_PX = 8
 _COLOUR_BAR_PX = 10
 
@@ -49,6 +50,22 @@ def heat_map(error: np.ndarray, full_scale: float = ERROR_FULL_SCALE) -> np.ndar
     from matplotlib import colormaps
 
     return colormaps["inferno"](np.clip(error / full_scale, 0.0, 1.0), bytes=True)[..., :3]
+
+
+def heat_over_face(values: np.ndarray, face: np.ndarray, mask: np.ndarray, full_scale: float) -> np.ndarray:
+    """``(H, W, 3)`` uint8: a heat map with the face's own light and dark faintly in it, on white.
+
+    Args:
+        values: ``(H, W)``, not negative.
+        face: ``(H, W, 3)`` uint8, for orientation.
+        mask: ``(H, W)`` bool, where there is face.
+        full_scale: shown as the brightest colour.
+    """
+    if values.shape != mask.shape or face.shape != (*mask.shape, 3):
+        raise ValueError(f"values {values.shape}, face {face.shape} and mask {mask.shape} differ in size")
+    grey = face.astype(np.float32).mean(-1, keepdims=True)
+    mixed = (1 - _FACE_SHARE) * heat_map(values, full_scale) + _FACE_SHARE * grey
+    return np.where(mask[..., None], np.round(mixed), 255).astype(np.uint8)
 
 
 def comparison_row(

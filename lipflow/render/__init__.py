@@ -14,6 +14,7 @@
 ``texture``         bilinear and mip-mapped look-up; ``texture_cpu`` its fused kernels for CPU tensors
 ``antialias``       blending across silhouettes, and its gradients
 ``cuda``            a backend out of nvdiffrast, on GPUs
+``vertex_values``   values of the vertices, seen through a rendering's pixels
 ``unwrap``          the way back: photos into texture space
 ==================  ====================================================================================
 """
