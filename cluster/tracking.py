@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run as MlflowRun
     from mlflow.tracking import MlflowClient
 
-RunKind = Literal["shard", "train", "tune", "evaluate", "sample", "promote", "demo"]
+RunKind = Literal["shard", "train", "tune", "evaluate", "fit", "sample", "promote", "demo"]
 
 KIND_TAG = "lipflow.kind"
 SHARDS_DIGEST_TAG = "lipflow.shards_digest"

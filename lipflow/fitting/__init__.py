@@ -14,5 +14,6 @@ from lipflow.fitting.descent import FitResult
 from lipflow.fitting.fit import fit
 from lipflow.fitting.observations import GREY_OF_RGB
 from lipflow.fitting.sequence import fit_sequence
+from lipflow.fitting.uncertainty import LatentPosterior, posterior, vertex_std_mm
 
-__all__ = ["GREY_OF_RGB", "FitResult", "fit", "fit_sequence"]
+__all__ = ["GREY_OF_RGB", "FitResult", "LatentPosterior", "fit", "fit_sequence", "posterior", "vertex_std_mm"]

@@ -28,6 +28,7 @@ class FitResult:
         z: ``(B, D)`` each frame's best iterate.
         start: ``(B, D)`` where its optimisation started.
         objective: ``(B,)`` at ``z``.
+        observed: ``(B,)`` L_obs alone, at ``z``.
         trace: ``(iterations + 1, B)`` objective at the start and at every point that was tried; from where a frame
             stopped, its ``objective``.
         observed_trace: the same for L_obs alone.
@@ -42,6 +43,7 @@ class FitResult:
     z: Tensor
     start: Tensor
     objective: Tensor
+    observed: Tensor
     trace: Tensor
     observed_trace: Tensor
     recorded: dict[int, Tensor]
@@ -189,6 +191,7 @@ def descend(objective: Objective, z: Tensor, config: FitConfig, record: Sequence
         z=answer,
         start=z,
         objective=progress.lowest,
+        observed=progress.observed,
         trace=torch.stack(progress.trace),
         observed_trace=torch.stack(progress.observed_trace),
         recorded=latents,

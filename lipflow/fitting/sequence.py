@@ -97,6 +97,7 @@ def _joined(parts: Sequence[tuple[Tensor, FitResult]], seconds: float) -> FitRes
         z=frames_first("z"),
         start=frames_first("start"),
         objective=frames_first("objective"),
+        observed=frames_first("observed"),
         trace=frames_second("trace"),
         observed_trace=frames_second("observed_trace"),
         recorded={
