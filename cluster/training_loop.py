@@ -196,7 +196,8 @@ def train_worker(settings: dict[str, Any]) -> None:
     device = ray.train.torch.get_device()
     shards = ShardSet.open(settings["shards"])
     avatar = avatar_for(shards, recipe.avatar)
-    renderer = Renderer(shards.topology, recipe.render.backend, filter=recipe.render.filter).to(device)
+    render = recipe.render
+    renderer = Renderer(shards.topology, render.backend, filter=render.filter, antialias=render.antialias).to(device)
     model = ray.train.torch.prepare_model(
         Objective(avatar, renderer, recipe.loss), parallel_strategy_kwargs={"find_unused_parameters": True}
     )

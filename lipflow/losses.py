@@ -4,7 +4,8 @@ Reductions, stated once. All terms are dimensionless.
 
 image
     Squared error of the rendered image in units of the texture std, mean over channels, then the mean over the
-    batch's pixels weighted by the rendered weight mask; views that are not present have no weight.
+    batch's pixels weighted by the rendered weight mask; views that are not present have no weight. With an
+    antialiasing renderer, silhouettes are blended over the photo's own pixels beside them.
 geometry
     Squared vertex error in units of the vertex std, mean over frames, vertices and axes.
 average_texture
@@ -44,6 +45,7 @@ from lipflow.errors import LipflowError
 from lipflow.model.avatar import Avatar
 from lipflow.model.driving import signal_present
 from lipflow.model.gaussian import DiagonalGaussian
+from lipflow.render.outline import over_photo
 from lipflow.render.renderer import Renderer
 from lipflow.types import FrameBatch, colour_planes, map_tensors
 
@@ -210,6 +212,9 @@ def _reconstruction_terms(
     with torch.autocast(textures.device.type, enabled=False):
         height, width = batch.images.shape[-2:]
         rendered = renderer.render(decoded.vertices, textures, cameras, (height, width))
+    image = rendered.image
+    if renderer.antialias:
+        image = over_photo(rendered, batch.images.repeat(rounds, 1, 1, 1, 1))
     frames = len(batch.frame_ids)
 
     def split(tensor: Tensor) -> tuple[Tensor, ...]:
@@ -217,7 +222,7 @@ def _reconstruction_terms(
 
     images = [
         _image_term(image, batch, weight_mask * frame_weight[:, None, None, None], avatar.texture_std)
-        for image, weight_mask, frame_weight in zip(split(rendered.image), split(rendered.weight), weights, strict=True)
+        for image, weight_mask, frame_weight in zip(split(image), split(rendered.weight), weights, strict=True)
     ]
     geometries = [
         _geometry_term(vertices, batch.vertices, frame_weight, avatar.vertices_std)

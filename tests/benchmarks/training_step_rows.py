@@ -1,4 +1,4 @@
-"""A checkout's end of ``training_step.py``: ``training_step_rows.py TREE SHARDS METHOD OPTIONS`` serves one part a pass.
+"""A checkout's end of ``training_step.py``: ``training_step_rows.py TREE SHARDS METHOD OPTIONS``, one part a pass.
 
 The parts are what a training step calls, one after the other in the order of :data:`PARTS`, each with its backward
 pass, on inputs that are cut off from each other; the last one is the step itself. The modules come from ``TREE``.
