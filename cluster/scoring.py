@@ -106,7 +106,7 @@ def _open(avatar_uri: str, shards_uri: str, render: RenderConfig) -> tuple[Avata
         storage.download_dir(avatar_uri, local)
         avatar = load_avatar(local).eval()
     shards = ShardSet.open(shards_uri)
-    return avatar, Renderer(shards.topology, render.backend, filter=render.filter), shards
+    return avatar, Renderer(shards.topology, render.backend, filter=render.filter, antialias=render.antialias), shards
 
 
 def calibrate_colors(avatar_uri: str, shards_uri: str, render: RenderConfig, frame_ids: Sequence[str]) -> dict:

@@ -225,7 +225,8 @@ def train_worker(settings: dict[str, Any]) -> None:
     device = ray.train.torch.get_device()
     shards = ShardSet.open(settings["shards"])
     avatar = untrained_avatar(shards, recipe, settings["model"])
-    renderer = Renderer(shards.topology, recipe.render.backend, filter=recipe.render.filter).to(device)
+    render = recipe.render
+    renderer = Renderer(shards.topology, render.backend, filter=render.filter, antialias=render.antialias).to(device)
     objective = Objective(avatar, renderer, recipe.loss, recipe.add_drivers)
     model = ray.train.torch.prepare_model(objective, parallel_strategy_kwargs={"find_unused_parameters": True})
     optimizer = torch.optim.Adam(parameter_groups(avatar, recipe), fused=True)

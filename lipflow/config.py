@@ -183,10 +183,13 @@ class RenderConfig(StrictConfig):
     Attributes:
         backend: ``auto`` by the device, or ``reference``, ``cpu``, ``cuda``.
         filter: ``bilinear``, or ``trilinear`` over mip maps, for textures finer than the image.
+        antialias: silhouettes are blended, in training over the photo's own pixels beside them. Not in the papers. In
+            small images they are many pixels, and without it their errors drag texture and mesh along.
     """
 
     backend: BackendName = "auto"
     filter: Literal["bilinear", "trilinear"] = "bilinear"
+    antialias: bool = False
 
 
 class LossConfig(StrictConfig):

@@ -4,7 +4,8 @@ Reductions, stated once. All terms are dimensionless.
 
 image
     Squared error of the rendered image in units of the texture std, mean over channels, then the mean over the
-    batch's pixels weighted by the rendered weight mask; views that are not present have no weight.
+    batch's pixels weighted by the rendered weight mask; views that are not present have no weight. With an
+    antialiasing renderer, silhouettes are blended over the photo's own pixels beside them.
 geometry
     Squared vertex error in units of the vertex std, mean over frames, vertices and axes.
 average_texture
@@ -48,6 +49,7 @@ from lipflow.errors import LipflowError
 from lipflow.model.avatar import Avatar
 from lipflow.model.drivers import given_signals
 from lipflow.model.gaussian import DiagonalGaussian
+from lipflow.render.outline import over_photo
 from lipflow.render.renderer import Renderer
 from lipflow.types import FrameBatch, colour_planes, map_tensors
 
@@ -293,7 +295,10 @@ def _compare(
     textures = avatar.correct_color(decoded.textures, batch.camera_index.repeat(rounds, 1))
     height, width = batch.images.shape[-2:]
     rendered = renderer.render(decoded.vertices, textures, cameras, (height, width))
-    parts = (tensor.split(frames) for tensor in (rendered.image, rendered.weight, decoded.vertices))
+    image = rendered.image
+    if renderer.antialias:
+        image = over_photo(rendered, batch.images.repeat(rounds, 1, 1, 1, 1))
+    parts = (tensor.split(frames) for tensor in (image, rendered.weight, decoded.vertices))
     terms = [
         {
             "image": _image_term(image, batch, mask * weight[:, None, None, None], avatar.texture_std),

@@ -8,8 +8,9 @@ functions of the pixel's ``p = (x, y, 1)``, since ``d = K^-1 p``. They are set u
     u = u_a + (U . p) t,   v = v_a + (V . p) t,   z = det t,   du/dx = (U_x - (u - u_a) S_x) t,
 
 and a pixel costs three products with p and one division. Backwards, the gradients of U, V, S and det are summed over
-a triangle's pixels, and go on to corners, K and texture coordinates once for each triangle. Everything is computed
-in float64 (``np.float64(x)``: in numba ``float(x)`` of a float32 stays one), and planes from differences of corners:
+a triangle's pixels, and go on to corners, K and texture coordinates once for each triangle. Triangles get their place
+in a kernel's memory as they are met: most of a mesh is not seen, and is never touched. Everything is computed in
+float64 (``np.float64(x)``: in numba ``float(x)`` of a float32 stays one), and planes from differences of corners:
 in products of positions, a metre away, grazing triangles would cancel. :func:`lipflow.render.reference.interpolate`
 gives the same numbers in plain torch.
 """
@@ -82,25 +83,23 @@ class _Interpolate(torch.autograd.Function):
         meshes, cameras, ids, faces, texture = _arrays(corners, intrinsics, triangle_id, faces, face_uvs)
         gradients = _arrays(grad_uv, grad_depth, grad_uv_da)
         grad_corners, grad_inverse = np.zeros(meshes.shape), np.zeros(cameras.shape)
-        grad_face_uvs = np.zeros(texture.shape)
+        wanted = ctx.needs_input_grad[4]
+        grad_face_uvs = np.zeros(texture.shape if wanted else (0, 3, 2))
         bands = row_bands(*ids.shape[:2])
 
-        def gather(view: int, begin: int, stop: int) -> np.ndarray:
-            sums = np.zeros((len(faces), _PLANES))
+        def gather(view: int, begin: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
             band = [gradient[view, begin:stop] for gradient in gradients]
-            _backward(meshes[view], cameras[view], ids[view, begin:stop], begin, faces, texture, *band, sums)  # type: ignore[call-arg]
-            return sums
+            return _backward(meshes[view], cameras[view], ids[view, begin:stop], begin, faces, texture, *band)  # type: ignore[call-arg]
 
-        for (view, _, _), sums in zip(bands, run_parallel(partial(gather, *band) for band in bands), strict=True):
-            _distribute(
-                meshes[view], cameras[view], faces, texture, sums, grad_corners[view], grad_inverse[view], grad_face_uvs
-            )
+        for (view, _, _), met in zip(bands, run_parallel(partial(gather, *band) for band in bands), strict=True):
+            targets = grad_corners[view], grad_inverse[view], grad_face_uvs
+            _distribute(meshes[view], cameras[view], faces, texture, *met, *targets)
         return (
             torch.from_numpy(grad_corners).to(corners.dtype),
             torch.from_numpy(_through_inverse(cameras, grad_inverse)).to(intrinsics.dtype),
             None,
             None,
-            torch.from_numpy(grad_face_uvs).to(face_uvs.dtype) if ctx.needs_input_grad[4] else None,
+            torch.from_numpy(grad_face_uvs).to(face_uvs.dtype) if wanted else None,
             None,
         )
 
@@ -179,11 +178,18 @@ def _set_up(corners, inverse, faces, face_uvs, face, planes):
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
+def _no_faces(faces, triangle_id):
+    """The place of each face, -1 as yet; the face at each place; and room for the planes at each place."""
+    most = min(faces.shape[0], triangle_id.size)
+    return np.full(faces.shape[0], -1, np.int32), np.empty(most, np.int32), np.empty((most, 12))
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
 def _forward(corners, intrinsics, triangle_id, begin, faces, face_uvs, uv, depth, uv_da):
     """Fill one band of a view; its first row is the image's row ``begin``."""
     inverse = _inverse(intrinsics)
-    planes = np.empty((faces.shape[0], 12))
-    planes[:, 9] = 0.0  # not set up: a visible triangle's determinant is positive
+    places, met, planes = _no_faces(faces, triangle_id)
+    count = 0
     derivatives = uv_da.size > 0
     rows, width = triangle_id.shape
     for row in range(rows):
@@ -201,9 +207,11 @@ def _forward(corners, intrinsics, triangle_id, begin, faces, face_uvs, uv, depth
                     uv_da[row, column:stop] = 0.0
                 column = stop
                 continue
-            plane = planes[face]
-            if plane[9] == 0.0:
-                _set_up(corners, inverse, faces, face_uvs, face, plane)
+            if places[face] < 0:
+                places[face], met[count] = count, face
+                _set_up(corners, inverse, faces, face_uvs, face, planes[count])
+                count += 1
+            plane = planes[places[face]]
             u_x, u_row = plane[0], plane[1] * y + plane[2]
             v_x, v_row = plane[3], plane[4] * y + plane[5]
             s_x, s_row = plane[6], plane[7] * y + plane[8]
@@ -223,11 +231,12 @@ def _forward(corners, intrinsics, triangle_id, begin, faces, face_uvs, uv, depth
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def _backward(corners, intrinsics, triangle_id, begin, faces, face_uvs, grad_uv, grad_depth, grad_uv_da, sums):
-    """Add the gradients of the triangles' planes, ``(F, 12)``, over the pixels of one band of a view."""
+def _backward(corners, intrinsics, triangle_id, begin, faces, face_uvs, grad_uv, grad_depth, grad_uv_da):
+    """The faces ``(M,)`` that one band of a view shows, and the gradients of their planes ``(M, 12)``."""
     inverse = _inverse(intrinsics)
-    planes = np.empty((faces.shape[0], 12))
-    planes[:, 9] = 0.0
+    places, met, planes = _no_faces(faces, triangle_id)
+    sums = np.empty_like(planes)
+    count = 0
     derivatives = grad_uv_da.size > 0
     rows, width = triangle_id.shape
     for row in range(rows):
@@ -241,9 +250,12 @@ def _backward(corners, intrinsics, triangle_id, begin, faces, face_uvs, grad_uv,
             if face < 0:
                 column = stop
                 continue
-            plane, total = planes[face], sums[face]
-            if plane[9] == 0.0:
-                _set_up(corners, inverse, faces, face_uvs, face, plane)
+            if places[face] < 0:
+                places[face], met[count] = count, face
+                _set_up(corners, inverse, faces, face_uvs, face, planes[count])
+                sums[count] = 0.0
+                count += 1
+            plane, total = planes[places[face]], sums[places[face]]
             u_x, u_y, u_row = plane[0], plane[1], plane[1] * y + plane[2]
             v_x, v_y, v_row = plane[3], plane[4], plane[4] * y + plane[5]
             s_x, s_y, s_row = plane[6], plane[7], plane[7] * y + plane[8]
@@ -293,15 +305,22 @@ def _backward(corners, intrinsics, triangle_id, begin, faces, face_uvs, grad_uv,
             total[10] += sum_ua
             total[11] += sum_va
             column = stop
+    return met[:count], sums[:count]
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def _distribute(corners, intrinsics, faces, face_uvs, sums, grad_corners, grad_inverse, grad_face_uvs):
-    """Carry the planes' gradients on to corners ``(V, 3)``, K^-1 ``(3, 3)`` and texture coordinates ``(F, 3, 2)``."""
+def _distribute(corners, intrinsics, faces, face_uvs, met, sums, grad_corners, grad_inverse, grad_face_uvs):
+    """Carry the gradients of the planes of the faces ``met (M,)`` on to what they were made of.
+
+    Adds to those of corners ``(V, 3)``, K^-1 ``(3, 3)`` and, unless it is empty, texture coordinates ``(F, 3, 2)``.
+    """
     inverse = _inverse(intrinsics)
-    for face in range(faces.shape[0]):
-        total = sums[face]
-        if not np.any(total != 0.0):
+    for place in range(met.shape[0]):
+        face, total = met[place], sums[place]
+        moved = False
+        for gradient in total:
+            moved = moved or gradient != 0.0
+        if not moved:
             continue
         ia, ib, ic = faces[face, 0], faces[face, 1], faces[face, 2]
         a, b, c = _corner(corners, ia), _corner(corners, ib), _corner(corners, ic)
@@ -327,6 +346,8 @@ def _distribute(corners, intrinsics, faces, face_uvs, sums, grad_corners, grad_i
             )
             grad_corners[ib, axis] += c_of_b[axis] + from_b[axis]
             grad_corners[ic, axis] += b_of_c[axis] + from_c[axis]
+        if grad_face_uvs.shape[0] == 0:
+            continue
         imaged_b, imaged_c = _to_pixels(inverse, plane_b), _to_pixels(inverse, plane_c)
         for axis in range(2):
             grad_plane = grad_u if axis == 0 else grad_v

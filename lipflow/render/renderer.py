@@ -52,8 +52,10 @@ class Renderer:
         topology: faces, texture coordinates and the weight mask.
         backend: ``auto`` chooses by the device of the renderer; see :func:`lipflow.render.backend_choice.make_backend`.
         filter: ``bilinear``, or ``trilinear`` over mip maps, for textures finer than the image.
+        antialias: of renders that do not say themselves whether they blend silhouettes.
 
     Attributes:
+        antialias: as given.
         faces: ``(F, 3)`` int64.
         face_uvs: ``(F, 3, 2)`` float32; images are differentiable in them.
         weight_mask: ``(T, T)`` float32.
@@ -68,10 +70,12 @@ class Renderer:
         backend: BackendName = "auto",
         *,
         filter: Literal["bilinear", "trilinear"] = "bilinear",
+        antialias: bool = False,
     ):
         if filter not in ("bilinear", "trilinear"):
             raise ConfigError(f"filter {filter!r}: expected bilinear or trilinear")
         self._mip_maps = filter == "trilinear"
+        self.antialias = antialias
         self.faces = torch.from_numpy(topology.faces).long()
         self.face_uvs = torch.from_numpy(topology.uvs[topology.uv_faces]).float()
         self.weight_mask = torch.from_numpy(topology.weight_mask).float()
@@ -98,7 +102,7 @@ class Renderer:
         cameras: CameraTensors,
         image_size_hw: tuple[int, int],
         *,
-        antialias: bool = False,
+        antialias: bool | None = None,
     ) -> RenderOutput:
         """Render every view of every frame; differentiable in vertices, texture and cameras.
 
@@ -114,7 +118,7 @@ class Renderer:
             cameras: ``(B, K)`` cameras.
             image_size_hw: (height, width) in pixels, to which K refers.
             antialias: blend pixels across silhouettes, so that vertices and cameras have gradients there. It concerns
-                image and coverage; mask, weight and the maps stay those of pixel centres.
+                image and coverage; mask, weight and the maps stay those of pixel centres. None: as the renderer does.
 
         Raises:
             ConfigError: the chosen backend cannot work on the renderer's device.
@@ -132,7 +136,7 @@ class Renderer:
                 texture.flatten(0, 1), self.weight_mask, fragments.uv, mask, fragments.uv_da
             )
             coverage = mask.to(image.dtype)
-            if antialias:
+            if self.antialias if antialias is None else antialias:
                 blended = self._ready().antialias(torch.cat([image, coverage[:, None]], 1), fragments)
                 image, coverage = blended[:, :-1], blended[:, -1]
 

@@ -25,13 +25,14 @@ _COLOUR_MATTERS = 1 / 255
 
 
 def facts(peer_python: str | None) -> None:
-    """Command, date, commit, machine and versions."""
+    """The command that is running, date, commit, machine and versions."""
     git = ["git", "-C", str(_HERE), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
     cpus = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     model = cpus[0].partition(":")[2].strip() if cpus else platform.machine()
     cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
-    print(f"`{shlex.join(['python', 'tests/benchmarks/render.py', *sys.argv[1:]])}`, commit {commit},")
+    script = f"tests/benchmarks/{Path(sys.argv[0]).name}"
+    print(f"`{shlex.join(['python', script, *sys.argv[1:]])}`, commit {commit},")
     print(f"{datetime.date.today().isoformat()}, {model}, {cores} cores, load {load:.1f} at the start; ", end="")
     query = "import importlib.metadata as m; print(*(f'{n} {m.version(n)}' for n in %r), sep=', ')"
     asked = [(sys.executable, ("torch", "numpy", "numba"))]

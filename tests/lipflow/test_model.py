@@ -13,7 +13,6 @@ from lipflow.model.blocks import NormConv, NormConvTransposed, NormLinear, UpCon
 from lipflow.model.color import ColorCorrection, solve_gain_bias
 from lipflow.model.decoder import Decoder
 from lipflow.model.encoder import Encoder
-from lipflow.model.warp import MIN_STRETCH, integrate_increments
 from lipflow.types import DrivingSignals
 
 
@@ -130,27 +129,6 @@ def test_encoder_and_decoder_work_in_normalised_space(make_avatar, context):
     decoded = avatar.decode(torch.zeros(1, 6), torch.zeros(1, 1, 3))
     torch.testing.assert_close(decoded.vertices[0], avatar.vertices_mean)
     torch.testing.assert_close(decoded.textures[0, 0], avatar.texture_mean)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_warp_is_monotone_for_random_weights(make_avatar, seed):
-    avatar = make_avatar(warp_field=True, init_seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in avatar.decoder.warp.parameters():
-            parameter.copy_(3 * torch.randn(parameter.shape, generator=generator))
-    grid = avatar.decoder.warp.grid(torch.randn(4, 12, generator=generator))
-    assert grid.shape == (4, 32, 32, 2)
-    assert (grid[:, :, 1:, 0] > grid[:, :, :-1, 0]).all()
-    assert (grid[:, 1:, :, 1] > grid[:, :-1, :, 1]).all()
-    assert grid.abs().max() < 1
-
-
-def test_equal_increments_give_the_identity_and_a_cell_keeps_its_least_width():
-    centres = integrate_increments(torch.zeros(4), 0)
-    torch.testing.assert_close(centres, torch.tensor([-0.75, -0.25, 0.25, 0.75]))
-    crushed = integrate_increments(torch.tensor([100.0, 0, 0, 0]), 0)
-    assert (crushed[-1] - crushed[-2]).item() == pytest.approx(2 * MIN_STRETCH / 4, rel=1e-4)
 
 
 def test_colour_anchor_and_untrained_cameras_pass_colours_unchanged(make_avatar):
