@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -61,6 +61,7 @@ class FitResult:
         trace: ``(iterations + 1, B)`` objective at the start and after every step.
         observed_trace: the same for L_obs alone.
         seconds: wall-clock time of the whole batch.
+        recorded: number of iterations -> ``(B, D)`` the best iterate after so many, for those that were asked for.
     """
 
     z: Tensor
@@ -69,6 +70,7 @@ class FitResult:
     trace: Tensor
     observed_trace: Tensor
     seconds: float
+    recorded: dict[int, Tensor] = field(default_factory=dict)
 
 
 def fit(
@@ -78,6 +80,8 @@ def fit(
     signals: str | Sequence[str],
     config: FitConfig,
     start: Tensor | None = None,
+    *,
+    record: Sequence[int] = (),
 ) -> FitResult:
     """Fit the latent codes of B frames to one driving signal, or to several at once.
 
@@ -90,13 +94,18 @@ def fit(
         signals: ``hmc``, ``frontal``, ``keypoints``, or several of them.
         config: iterations, learning rate, weights.
         start: ``(B, D)`` start instead of f^-1(mean), for instance a regressor's answer.
+        record: numbers of iterations after which the best iterate is kept in ``recorded``; each at most
+            ``config.iterations``.
 
     Raises:
-        LipflowError: a signal is missing, or the objective of a frame is not finite.
+        LipflowError: a signal is missing, more iterations are to be recorded than there are, or the objective of a
+            frame is not finite.
     """
     names = (signals,) if isinstance(signals, str) else tuple(signals)
     if not names:
         raise LipflowError("no signal to fit to: name at least one of hmc, frontal, keypoints")
+    if record and not 0 <= min(record) <= max(record) <= config.iterations:
+        raise LipflowError(f"record is {tuple(record)}, expected numbers of iterations from 0 to {config.iterations}")
     began = time.perf_counter()
     with torch.no_grad():
         prior = avatar.fused_prior(names, driving)
@@ -104,7 +113,7 @@ def fit(
     z = start.detach().clone().requires_grad_()
     optimizer = torch.optim.Adam([z], lr=config.learning_rate)
     best, lowest = z.detach().clone(), torch.full_like(z[:, 0], torch.inf)
-    trace, observed_trace = [], []
+    trace, observed_trace, recorded = [], [], {}
     for iteration in range(config.iterations + 1):
         observed = torch.stack([_OBSERVED[name](avatar, renderer, driving, z, config) for name in names]).sum(0)
         objective = observed - config.prior_weight / z.shape[-1] * avatar.log_prior(z, prior)
@@ -120,6 +129,8 @@ def fit(
         best = torch.where(improved[:, None], z.detach(), best)
         trace.append(value)
         observed_trace.append(observed.detach())
+        if iteration in record:
+            recorded[iteration] = best
         if iteration < config.iterations:
             # The sum keeps frames apart: each row of the gradient, and of Adam's state, belongs to one of them.
             (z.grad,) = torch.autograd.grad(objective.sum(), z)
@@ -127,7 +138,7 @@ def fit(
     if z.is_cuda:
         torch.cuda.synchronize(z.device)
     seconds = time.perf_counter() - began
-    return FitResult(best, start, lowest, torch.stack(trace), torch.stack(observed_trace), seconds)
+    return FitResult(best, start, lowest, torch.stack(trace), torch.stack(observed_trace), seconds, recorded)
 
 
 def _observe_headset(
