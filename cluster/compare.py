@@ -1,11 +1,12 @@
 """The comparison job: ``lipflow compare [NAME=]EVALUATION... --out DIR`` makes tables of evaluations that are done.
 
-Nothing is run again: the tables follow from the evaluations' ``scores.json``. Evaluations of one name are seeds of one
+Nothing is run again: the tables follow from the evaluations' ``scores.json``. Evaluations of one NAME are seeds of one
 variant. What was scored on other frames, cameras or shards is refused.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -18,6 +19,7 @@ from cluster.recipe import load_recipe
 from cluster.scores import read_scores
 from cluster.tables import IntervalUnit
 from lipflow.config import StrictConfig
+from lipflow.errors import ConfigError
 from pipeline import storage
 
 
@@ -44,10 +46,12 @@ def compare(evaluations: list[str], out_uri: str, recipe: CompareRecipe) -> Comp
         recipe: the settings.
 
     Raises:
-        LipflowError: scores that cannot be read, or that are of different data.
+        LipflowError: scores that cannot be read, that are of different data, or that are called alike by chance.
     """
     storage.check_writable(storage.normalize_uri(out_uri))
-    sheets = [read_scores(uri, name) for name, uri in map(named, evaluations)]
+    pairs = [named(argument) for argument in evaluations]
+    sheets = [read_scores(uri, name) for name, uri in pairs]
+    refuse_namesakes([(name, sheet.name) for (name, _), sheet in zip(pairs, sheets, strict=True)])
     comparison = compared(sheets, recipe.protocol, recipe.intervals, recipe.baseline)
     write_comparison(out_uri, comparison, (), {}, recipe.model_dump(mode="json"))
     return comparison
@@ -59,6 +63,23 @@ def named(argument: str) -> tuple[str | None, str]:
     if separator and name and "/" not in name and ":" not in name:
         return name, uri
     return None, argument
+
+
+def refuse_namesakes(names: Sequence[tuple[str | None, str]]) -> None:
+    """Seeds of one variant are named as such; what was named by us must not become a seed by chance.
+
+    Args:
+        names: (as it was given, as it is called).
+
+    Raises:
+        ConfigError: a name that was not given stands twice.
+    """
+    called = [name for _, name in names]
+    for given, name in names:
+        if given is None and called.count(name) > 1:
+            raise ConfigError(
+                f"two are called {name!r}: give names, as in A=… B=…; equal names are seeds of one variant"
+            )
 
 
 def compare_command(

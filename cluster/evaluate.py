@@ -30,7 +30,7 @@ from pydantic import Field, model_validator
 
 from cluster import command
 from cluster.command import JsonOption, RecipeOption, SetOption
-from cluster.compare import named
+from cluster.compare import named, refuse_namesakes
 from cluster.evaluation import Evaluation, as_document, evaluation_rows, png_bytes
 from cluster.evaluation_report import Comparison, compared, write_comparison
 from cluster.evaluation_tasks import EvaluationPlan, draw, score_all
@@ -147,7 +147,7 @@ def evaluate(
         avatar_uri = storage.join(out_uri, "avatar")
         storage.upload_dir(local, avatar_uri)
     plan = _plan(avatar_uri, shards, recipe, signals)
-    segments = _calibration_segments(shards, recipe)
+    segments = calibration_segments(shards, recipe)
     shown = spread(plan.held_out_frames, recipe.picture_frames)
     with (
         tracked_run(
@@ -240,9 +240,16 @@ def evaluate_models(
         evaluation = evaluate(model, shards_uri, out_uri, recipe, name=name)
         return compared([evaluation.sheet], recipe.protocol, recipe.intervals, recipe.baseline), [evaluation]
     pairs = [named(model) for model in models]
-    names = [name or Path(model.rstrip("/")).name for name, model in pairs]
+    names = [name or _called(model) for name, model in pairs]
+    refuse_namesakes([(name, called) for (name, _), called in zip(pairs, names, strict=True)])
     if recipe.baseline is not None and recipe.baseline not in names:
         raise ConfigError(f"baseline {recipe.baseline!r} is none of the models; choose from {names}")
+    # All of them before the first is scored, which may take hours.
+    shards = ShardSet.open(storage.normalize_uri(shards_uri))
+    for _, model in pairs:
+        with tempfile.TemporaryDirectory() as folder:
+            avatar = load_avatar(download_model(model, Path(folder, "avatar"), recipe.tracking))
+            _driving_signals(avatar, shards, recipe)
     evaluations = []
     with ray_cluster():
         for place, (name, (_, model)) in enumerate(zip(names, pairs, strict=True)):
@@ -253,6 +260,14 @@ def evaluate_models(
     comparison = compared(sheets, recipe.protocol, recipe.intervals, recipe.baseline)
     write_comparison(out_uri, comparison, evaluations, {}, recipe.model_dump(mode="json"))
     return comparison, evaluations
+
+
+def _called(model: str) -> str:
+    """A name for a model: ``lipflow@champion`` of ``models:/lipflow@champion``, ``base`` of ``s3://runs/base/avatar``."""
+    parts = model.rstrip("/").split("/")
+    if model.startswith(("models:/", "runs:/")):
+        return "-".join(part for part in parts[1:] if part)
+    return parts[-2] if parts[-1] == "avatar" and len(parts) > 1 else parts[-1]
 
 
 def _plan(avatar_uri: str, shards: ShardSet, recipe: EvaluateRecipe, signals: Sequence[str]) -> EvaluationPlan:
@@ -309,7 +324,7 @@ def _driving_signals(avatar: Avatar, shards: ShardSet, recipe: EvaluateRecipe) -
     return recipe.signals or possible
 
 
-def _calibration_segments(shards: ShardSet, recipe: EvaluateRecipe) -> tuple[str, ...]:
+def calibration_segments(shards: ShardSet, recipe: EvaluateRecipe) -> tuple[str, ...]:
     """The segment that was asked for, or the first training segment of every capture of the set."""
     first_of_capture: dict[str | None, str] = {}
     segments = list(dict.fromkeys(frame_id.split("/")[0] for frame_id in shards.frame_ids("train")))

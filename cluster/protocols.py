@@ -155,7 +155,7 @@ def _driven_tables(variants: list[Variant], base: Variant, note: str) -> list[Ta
     if not lines:
         return []
     references = [(variant, Key(ENCODER)) for variant in variants if Key(ENCODER) in variant.keys]
-    # The mean face follows from the shard set: it is the same for all.
+    # The mean face follows from the shard set; only the colours of the cameras are the avatar's.
     references += [(variant, Key(MEAN_FACE)) for variant in variants[:1] if Key(MEAN_FACE) in variant.keys]
     said = "Held-out expressions on training cameras but the frontal one, which is never scored."
 

@@ -132,8 +132,8 @@ def _blur(planes: Tensor) -> Tensor:
     """Gaussian window by sums of shifted planes: on a CPU five times as fast as a convolution of one channel."""
     half = _SSIM_WINDOW // 2
     offsets = torch.arange(half + 1, dtype=torch.float64)
-    weights = torch.exp(-offsets.square() / (2 * _SSIM_SIGMA**2))
-    weights = (weights / (2 * weights.sum() - weights[0])).tolist()
+    bell = torch.exp(-offsets.square() / (2 * _SSIM_SIGMA**2))
+    weights: list[float] = (bell / (2 * bell.sum() - bell[0])).tolist()
     blurred = F.pad(planes, (half, half, half, half), mode="reflect")
     for axis in (-2, -1):
         padded, size = blurred, blurred.shape[axis] - 2 * half
