@@ -11,14 +11,16 @@ from typing import Any
 import torch
 
 from cluster.charts import Chart
-from cluster.evaluation import Evaluation, EvaluationRow, Interval, picture_sheets
+from cluster.evaluation import Evaluation, EvaluationRow
+from cluster.gallery import picture_sheets
 from cluster.pictures import COMPARISON_LABELS, comparison_row, contact_sheet, expose, suggested_exposure
 from cluster.promotion import PromotionDecision
 from cluster.report import HeadlineRow, Measured, Picture, QuadrantRow, ReportContent
-from cluster.scoring import ENCODER, MEAN_FACE
+from cluster.scores import ENCODER, MEAN_FACE
 from cluster.shard import ShardSummary
 from cluster.tracking import TrackingConfig, code_version, open_client, resolve_tracking_uri
 from cluster.train import TrainSummary
+from lipflow.bootstrap import BootstrapInterval
 from lipflow.types import DRIVING_SIGNALS
 from pipeline.dome.photo import check_photo, has_photo
 
@@ -67,8 +69,8 @@ def report_content(outcome: DemoOutcome, overview: Picture, config: dict[str, An
         reading=_READING,
         quadrants=_quadrants(evaluations),
         quadrants_note=(
-            f"Held-out cameras have no colour parameters; 'calibrated' solves their gain and bias on segment "
-            f"{evaluations['lipflow'].calibration_segment}, a training segment."
+            f"Held-out cameras have no colour parameters; 'calibrated' solves their gain and bias on "
+            f"{', '.join(evaluations['lipflow'].sheet.calibration_segments)}, of the training segments."
         ),
         pictures=[overview, *_photo_picture(outcome.face), *_pictures(evaluations)],
         training_curves=_training_curves(outcome.tracking, outcome.trained),
@@ -96,7 +98,7 @@ def report_content(outcome: DemoOutcome, overview: Picture, config: dict[str, An
     )
 
 
-def _measured(interval: Interval) -> Measured:
+def _measured(interval: BootstrapInterval) -> Measured:
     return Measured(interval.mean, interval.low, interval.high)
 
 
@@ -150,10 +152,10 @@ def _quadrants(evaluations: dict[str, Evaluation]) -> list[QuadrantRow]:
 
 def driven_side_by_side(evaluation: Evaluation) -> Picture:
     """One row a held-out frame: the photo, and the avatar driven by each signal."""
-    photos = {picture.frame_id: picture.photo for picture in evaluation.pictures}
+    photos = {picture.frame_id: picture.photo for picture in evaluation.shown}
     exposure = suggested_exposure(list(photos.values()))
     signals = [signal for signal in DRIVING_SIGNALS if signal in evaluation.fit_traces]
-    driven = {(picture.frame_id, picture.latent): picture.reconstruction for picture in evaluation.pictures}
+    driven = {(picture.frame_id, picture.latent): picture.reconstruction for picture in evaluation.shown}
     rows = [
         [expose(image, exposure) for image in (photo, *(driven[frame_id, signal] for signal in signals))]
         for frame_id, photo in photos.items()
@@ -177,7 +179,9 @@ def _pictures(evaluations: dict[str, Evaluation]) -> list[Picture]:
             image=sheet,
             description=f"Rows of photo, reconstruction and error heat map; latent codes from {latent}.",
         )
-        for latent, sheet in picture_sheets(evaluations).items()
+        for latent, sheet in picture_sheets(
+            {name: evaluation.shown for name, evaluation in evaluations.items()}
+        ).items()
     ]
 
 

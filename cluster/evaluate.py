@@ -1,13 +1,19 @@
-"""The evaluation job: ``lipflow evaluate MODEL SHARDS --out DIR``.
+"""The evaluation job: ``lipflow evaluate MODEL... SHARDS --out DIR``.
 
-Two tables. *Quadrants*: the encoder's reconstructions on {training, held-out} cameras x {training, held-out}
-expressions. *Fitted latents*: for each driving signal, held-out expressions driven by it alone, before and after the
-fit, compared with all training cameras but the frontal one. ``DIR`` holds::
+Two protocols (:mod:`cluster.protocols`), both unless one is asked for: *multiface*, the encoder's reconstructions on
+{training, held-out} cameras x {training, held-out} expressions, and *lipflow*, held-out expressions driven by one
+signal each, after several numbers of fit iterations, compared with all training cameras but the frontal one. ``DIR``
+holds::
 
-    evaluation.json   the tables, with bootstrap intervals over frames; written last
-    scores.json       one row for each frame, latent and camera set
-    latents.json      the fitted latents
-    pictures/         photo | reconstruction | error
+    report.html                 tables, pictures and curves on one page
+    tables.md, tables/*.csv     the tables
+    evaluation.json             the tables and all else; written last
+    scores.json                 one row for each frame, latent and camera set: all that tables are computed from
+    latents.json                the fitted latents
+    pictures/, failures/        photo | reconstruction | error: chosen frames, and the worst ones
+
+Several models, ``NAME=MODEL`` to name them, are evaluated one after the other on the same frames, each in ``DIR/NAME``,
+and ``DIR`` holds the tables of all. Models of one name are seeds of one variant.
 """
 
 from __future__ import annotations
@@ -15,28 +21,27 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Self
 
 import typer
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cluster import command
 from cluster.command import JsonOption, RecipeOption, SetOption
-from cluster.evaluation import Evaluation, as_document, picture_sheets, png_bytes, table_rows
+from cluster.compare import named, refuse_namesakes
+from cluster.evaluation import Evaluation, as_document, evaluation_rows, png_bytes
+from cluster.evaluation_report import Comparison, compared, write_comparison
+from cluster.evaluation_tasks import EvaluationPlan, draw, score_all
+from cluster.gallery import failure_sheets, picture_sheets, worst_frames
+from cluster.protocols import Protocol
 from cluster.recipe import load_recipe
 from cluster.registry import download_model, record_evaluation, registered_version
 from cluster.runtime import map_tasks, ray_cluster
-from cluster.scoring import (
-    FrameScore,
-    Picture,
-    TaskResult,
-    calibrate_colors,
-    score_fits,
-    score_reconstructions,
-    scored_cameras,
-)
+from cluster.scores import SCORES_FILE, ScoreSheet
+from cluster.scoring import calibrate_colors, held_out_cameras, scored_cameras
+from cluster.tables import IntervalUnit
 from cluster.tracking import TrackingConfig, initialise, tracked_run
 from lipflow.checkpoint import load_avatar
 from lipflow.config import FitConfig, RenderConfig, Signal, StrictConfig
@@ -46,39 +51,77 @@ from pipeline import storage
 from pipeline.loading.loader import ShardSet
 from pipeline.sharding.splits import spread
 
-EVALUATION_FILE = "evaluation.json"
+PROTOCOL_ITERATIONS = (0, 10, 50, 200)
+"""Fit iterations of the protocol ``lipflow``."""
 
 
 class EvaluateRecipe(StrictConfig):
     """Settings of an evaluation.
 
     Attributes:
-        fit: of the inference-time optimisation.
+        protocol: ``multiface``, ``lipflow``, or None for both.
+        fit: of the inference-time optimisation; its ``iterations`` give way to ``fit_iterations``.
+        fit_iterations: after which the fits are scored; None: 0, 10, 50 and 200 in the protocol ``lipflow``, else 0
+            and ``fit.iterations``.
         render: how images are drawn; best as in the training.
         signals: to drive with; None: all that the shard set offers.
         max_frames: scored in each of the two expression splits, evenly spread; None: all of them.
+        consecutive: frames are chosen in runs of so many neighbours; jitter needs at least 3.
         max_cameras: training cameras that are scored, evenly spread; None: all but the frontal one.
         frames_per_task: fitted side by side in one task.
-        calibration_segment: training segment on which held-out cameras' colours are solved; None: the first one.
-        calibration_frames: taken from it.
+        calibration_segment: training segment on which held-out cameras' colours are solved; None: the first one of
+            each capture.
+        calibration_frames: taken from each.
+        intervals: resample whole ``segment`` or single ``frame``; ``auto``: segments from 8 held-out ones on.
+        baseline: name of the variant whose errors ratios are over; None: the first.
         picture_frames: held-out frames shown in pictures.
+        failure_frames: worst frames shown for each latent and metric.
         tracking: where MLflow keeps the run.
     """
 
+    protocol: Protocol | None = None
     fit: FitConfig = FitConfig()
+    fit_iterations: tuple[int, ...] | None = Field(None, min_length=1)
     render: RenderConfig = RenderConfig()
     signals: tuple[Signal, ...] | None = None
     max_frames: int | None = Field(None, gt=0)
+    consecutive: int = Field(1, gt=0)
     max_cameras: int | None = Field(None, gt=0)
     frames_per_task: int = Field(8, gt=0)
     calibration_segment: str | None = None
     calibration_frames: int = Field(4, gt=0)
+    intervals: IntervalUnit = "auto"
+    baseline: str | None = None
     picture_frames: int = Field(2, ge=0)
+    failure_frames: int = Field(2, ge=0)
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.fit_iterations is not None and sorted(set(self.fit_iterations)) != list(self.fit_iterations):
+            raise ValueError(f"fit_iterations is {self.fit_iterations}: list each number once, in ascending order")
+        if self.fit_iterations is not None and self.fit_iterations[0] < 0:
+            raise ValueError(f"fit_iterations is {self.fit_iterations}: numbers of iterations are at least 0")
+        if self.max_frames is not None and self.consecutive > self.max_frames:
+            raise ValueError(f"consecutive is {self.consecutive}, more than max_frames {self.max_frames}: lower it")
+        return self
+
+    @property
+    def scored_iterations(self) -> tuple[int, ...]:
+        """After which the fits are scored."""
+        if self.fit_iterations is not None:
+            return self.fit_iterations
+        return PROTOCOL_ITERATIONS if self.protocol == "lipflow" else tuple(sorted({0, self.fit.iterations}))
 
 
 def evaluate(
-    model: str, shards_uri: str, out_uri: str, recipe: EvaluateRecipe, *, parent_run: str | None = None
+    model: str,
+    shards_uri: str,
+    out_uri: str,
+    recipe: EvaluateRecipe,
+    *,
+    name: str | None = None,
+    parent_run: str | None = None,
 ) -> Evaluation:
     """Score an avatar on a shard set.
 
@@ -87,6 +130,7 @@ def evaluate(
         shards_uri: the shard set.
         out_uri: where tables and pictures go.
         recipe: the settings.
+        name: of the variant in tables; None: its method.
         parent_run: the training run, for MLflow's links.
 
     Raises:
@@ -102,15 +146,13 @@ def evaluate(
         method, signals = avatar.config.method, _driving_signals(avatar, shards, recipe)
         avatar_uri = storage.join(out_uri, "avatar")
         storage.upload_dir(local, avatar_uri)
-    held_out, seen = (spread(shards.frame_ids(split), recipe.max_frames) for split in ("test", "train"))
-    if not held_out:
-        raise ConfigError(f"{shards_uri} has no test frames: hold segments out when sharding (splits)")
-    segment = _calibration_segment(shards, recipe)
-    pictured = spread(held_out, recipe.picture_frames)
+    plan = _plan(avatar_uri, shards, recipe, signals)
+    segments = calibration_segments(shards, recipe)
+    shown = spread(plan.held_out_frames, recipe.picture_frames)
     with (
         tracked_run(
             "evaluate",
-            f"evaluate-{method}",
+            f"evaluate-{name or method}",
             config=recipe.tracking,
             recipe=recipe,
             shards_digest=shards.digest,
@@ -118,34 +160,51 @@ def evaluate(
         ) as run,
         ray_cluster(),
     ):
-        calibration = [frame for frame in shards.frame_ids("train") if frame.split("/")[0] == segment]
-        calibration = spread(calibration, recipe.calibration_frames)
-        (colors,) = map_tasks(
-            calibrate_colors,
-            [(avatar_uri, shards_uri, recipe.render, calibration)],
-            description="calibrate held-out cameras",
-        )
-        cameras = scored_cameras(shards, recipe.max_cameras)
-        result = _score_all(
-            avatar_uri, shards_uri, seen + held_out, held_out, cameras, signals, recipe, colors, pictured
-        )
-        evaluation = Evaluation(
+        colors = {}
+        if plan.held_out_cameras:
+            calibration = _calibration_frames(shards, segments, recipe.calibration_frames)
+            (colors,) = map_tasks(
+                calibrate_colors,
+                [(avatar_uri, shards_uri, recipe.render, calibration)],
+                description="calibrate held-out cameras",
+            )
+        result = score_all(plan, colors)
+        sheet = ScoreSheet(
+            name=name or method,
             method=method,
-            rows=tuple(table_rows(result.scores, set(held_out))),
-            calibration_segment=segment,
-            fit_traces=result.traces,
-            fit_seconds={signal: seconds / len(held_out) for signal, seconds in result.seconds.items()},
-            run_id=run.run_id,
             shards_digest=shards.digest,
-            pictures=tuple(result.pictures),
+            train_frames=plan.train_frames,
+            held_out_frames=plan.held_out_frames,
+            train_cameras=plan.train_cameras,
+            held_out_cameras=plan.held_out_cameras,
+            calibration_segments=segments if plan.held_out_cameras else (),
+            uncalibrated_cameras=tuple(camera for camera in plan.held_out_cameras if camera not in colors),
+            fit=plan.fit.model_dump(mode="json"),
+            scores=tuple(result.scores),
+        )
+        failures = worst_frames(sheet.scores, plan.held_out_frames, recipe.failure_frames)
+        pictures = draw(plan, result, shown, failures)
+        evaluation = Evaluation(
+            sheet=sheet,
+            rows=tuple(evaluation_rows(sheet, recipe.intervals)),
+            fit_traces=result.traces,
+            fit_seconds={signal: seconds / len(plan.held_out_frames) for signal, seconds in result.seconds.items()},
+            run_id=run.run_id,
+            pictures=tuple(pictures),
+            shown_frames=tuple(shown),
+            failures=tuple(failures),
         )
         run.log_metrics(evaluation.metrics())
-        run.log_table([asdict(score) for score in result.scores], "scores.json")
-        latents = [{"latent": latent, "frame_id": frame_id, "z": z} for (latent, frame_id), z in result.latents.items()]
+        run.log_table([asdict(score) for score in sheet.scores], SCORES_FILE)
+        latents = [
+            {"latent": latent, "iterations": iterations, "frame_id": frame_id, "z": z}
+            for (latent, iterations, frame_id), z in result.latents.items()
+        ]
         run.log_table(latents, "latents.json")
-        sheets = picture_sheets({method: evaluation})
-        for name, sheet in sheets.items():
-            run.log_image(sheet, f"pictures/{name}.png")
+        sheets = {f"pictures/{key}": image for key, image in picture_sheets({sheet.name: evaluation.shown}).items()}
+        sheets |= {f"failures/{key}": image for key, image in failure_sheets(failures, pictures).items()}
+        for key, image in sheets.items():
+            run.log_image(image, f"{key}.png")
         if model.startswith("models:/"):
             record_evaluation(
                 registered_version(model, recipe.tracking),
@@ -153,64 +212,100 @@ def evaluate(
                 metrics=evaluation.metrics(),
                 shards_digest=shards.digest,
             )
-    for name, sheet in sheets.items():
-        storage.write_bytes(storage.join(out_uri, "pictures", f"{name}.png"), png_bytes(sheet))
-    for name, rows in (("scores.json", [asdict(score) for score in result.scores]), ("latents.json", latents)):
-        storage.write_bytes(storage.join(out_uri, name), json.dumps(rows).encode())
-    storage.write_bytes(storage.join(out_uri, EVALUATION_FILE), json.dumps(as_document(evaluation)).encode())
+    for key, image in sheets.items():
+        storage.write_bytes(storage.join(out_uri, f"{key}.png"), png_bytes(image))
+    storage.write_bytes(storage.join(out_uri, SCORES_FILE), sheet.to_json().encode())
+    storage.write_bytes(storage.join(out_uri, "latents.json"), json.dumps(latents).encode())
+    comparison = compared([sheet], recipe.protocol, recipe.intervals, None)
+    write_comparison(out_uri, comparison, [evaluation], as_document(evaluation), recipe.model_dump(mode="json"))
     return evaluation
 
 
-@dataclass
-class _Collected:
-    scores: list[FrameScore]
-    latents: dict[tuple[str, str], list[float]]
-    pictures: list[Picture]
-    traces: dict[str, list[float]]
-    seconds: dict[str, float]
+def evaluate_models(
+    models: Sequence[str], shards_uri: str, out_uri: str, recipe: EvaluateRecipe
+) -> tuple[Comparison, list[Evaluation]]:
+    """Score several avatars on the same frames of a shard set, and put them side by side.
+
+    Args:
+        models: ``MODEL`` or ``NAME=MODEL``; those of one name are seeds of one variant.
+        shards_uri: the shard set.
+        out_uri: where everything goes; a single model's own output goes there too.
+        recipe: the settings, the same for all.
+
+    Raises:
+        LipflowError: as :func:`evaluate`.
+    """
+    if len(models) == 1:
+        name, model = named(models[0])
+        evaluation = evaluate(model, shards_uri, out_uri, recipe, name=name)
+        return compared([evaluation.sheet], recipe.protocol, recipe.intervals, recipe.baseline), [evaluation]
+    pairs = [named(model) for model in models]
+    names = [name or _called(model) for name, model in pairs]
+    refuse_namesakes([(name, called) for (name, _), called in zip(pairs, names, strict=True)])
+    if recipe.baseline is not None and recipe.baseline not in names:
+        raise ConfigError(f"baseline {recipe.baseline!r} is none of the models; choose from {names}")
+    # All of them before the first is scored, which may take hours.
+    shards = ShardSet.open(storage.normalize_uri(shards_uri))
+    for _, model in pairs:
+        with tempfile.TemporaryDirectory() as folder:
+            avatar = load_avatar(download_model(model, Path(folder, "avatar"), recipe.tracking))
+            _driving_signals(avatar, shards, recipe)
+    evaluations = []
+    with ray_cluster():
+        for place, (name, (_, model)) in enumerate(zip(names, pairs, strict=True)):
+            seed = names[:place].count(name)
+            own = storage.join(out_uri, f"{name}-{seed}" if names.count(name) > 1 else name)
+            evaluations.append(evaluate(model, shards_uri, own, recipe, name=name))
+    sheets = [evaluation.sheet for evaluation in evaluations]
+    comparison = compared(sheets, recipe.protocol, recipe.intervals, recipe.baseline)
+    write_comparison(out_uri, comparison, evaluations, {}, recipe.model_dump(mode="json"))
+    return comparison, evaluations
 
 
-def _score_all(
-    avatar_uri: str,
-    shards_uri: str,
-    frame_ids: Sequence[str],
-    held_out: Sequence[str],
-    cameras: Sequence[str],
-    signals: Sequence[str],
-    recipe: EvaluateRecipe,
-    colors: Any,
-    pictured: Sequence[str],
-) -> _Collected:
-    """Every frame's reconstruction and every held-out frame's fit, as one map of Ray tasks."""
-    size = recipe.frames_per_task
-    fits = [(signal, held_out[start : start + size]) for signal in signals for start in range(0, len(held_out), size)]
-    tasks: list[tuple] = [
-        ("fit", (avatar_uri, shards_uri, recipe.render, frames, cameras, signal, recipe.fit, pictured))
-        for signal, frames in fits
+def _called(model: str) -> str:
+    """A name for a model: ``lipflow@champion`` of ``models:/lipflow@champion``, ``base`` of ``s3://runs/base/avatar``."""
+    parts = model.rstrip("/").split("/")
+    if model.startswith(("models:/", "runs:/")):
+        return "-".join(part for part in parts[1:] if part)
+    return parts[-2] if parts[-1] == "avatar" and len(parts) > 1 else parts[-1]
+
+
+def _plan(avatar_uri: str, shards: ShardSet, recipe: EvaluateRecipe, signals: Sequence[str]) -> EvaluationPlan:
+    held_out = chosen_frames(shards.frame_ids("test"), recipe)
+    if not held_out:
+        raise ConfigError(f"{shards.uri} has no test frames: hold segments out when sharding (splits)")
+    quadrants, driven = recipe.protocol != "lipflow", recipe.protocol != "multiface"
+    return EvaluationPlan(
+        avatar_uri=avatar_uri,
+        shards_uri=shards.uri,
+        render=recipe.render,
+        fit=recipe.fit.model_copy(update={"iterations": recipe.scored_iterations[-1]}),
+        iterations=recipe.scored_iterations,
+        train_frames=tuple(chosen_frames(shards.frame_ids("train"), recipe)) if quadrants else (),
+        held_out_frames=tuple(held_out),
+        train_cameras=tuple(scored_cameras(shards, recipe.max_cameras)),
+        held_out_cameras=tuple(held_out_cameras(shards)) if quadrants else (),
+        signals=tuple(signals) if driven else (),
+        frames_per_task=recipe.frames_per_task,
+    )
+
+
+def chosen_frames(frame_ids: Sequence[str], recipe: EvaluateRecipe) -> list[str]:
+    """At most ``max_frames``, evenly spread in runs of ``consecutive`` neighbours of a segment."""
+    if recipe.max_frames is None or recipe.consecutive == 1:
+        return spread(frame_ids, recipe.max_frames)
+    by_segment: dict[str, list[str]] = {}
+    for frame_id in frame_ids:
+        by_segment.setdefault(frame_id.split("/")[0], []).append(frame_id)
+    size = recipe.consecutive
+    starts = [
+        frames[start : start + size]
+        for frames in by_segment.values()
+        for start in range(0, len(frames) - len(frames) % size, size)
     ]
-    tasks += [
-        (
-            "reconstruction",
-            (avatar_uri, shards_uri, recipe.render, frame_ids[start : start + size], cameras, colors, pictured),
-        )
-        for start in range(0, len(frame_ids), size)
-    ]
-    results: list[TaskResult] = map_tasks(_run_task, tasks, description="score frames")
-    collected = _Collected([], {}, [], {}, {})
-    for result in results:
-        collected.scores += result.scores
-        collected.latents |= result.latents
-        collected.pictures += result.pictures
-    for (signal, frames), result in zip(fits, results, strict=False):
-        share = len(frames) / len(held_out)
-        before = collected.traces.get(signal, [0.0] * len(result.trace))
-        collected.traces[signal] = [a + share * b for a, b in zip(before, result.trace, strict=True)]
-        collected.seconds[signal] = collected.seconds.get(signal, 0.0) + result.seconds
-    return collected
-
-
-def _run_task(kind: str, arguments: tuple) -> TaskResult:
-    return score_fits(*arguments) if kind == "fit" else score_reconstructions(*arguments)
+    count = recipe.max_frames // size
+    kept = [starts[int(place)] for place in spread([str(i) for i in range(len(starts))], count)]
+    return [frame_id for run in kept for frame_id in run]
 
 
 def _driving_signals(avatar: Avatar, shards: ShardSet, recipe: EvaluateRecipe) -> tuple[str, ...]:
@@ -229,34 +324,44 @@ def _driving_signals(avatar: Avatar, shards: ShardSet, recipe: EvaluateRecipe) -
     return recipe.signals or possible
 
 
-def _calibration_segment(shards: ShardSet, recipe: EvaluateRecipe) -> str:
+def calibration_segments(shards: ShardSet, recipe: EvaluateRecipe) -> tuple[str, ...]:
+    """The segment that was asked for, or the first training segment of every capture of the set."""
+    first_of_capture: dict[str | None, str] = {}
     segments = list(dict.fromkeys(frame_id.split("/")[0] for frame_id in shards.frame_ids("train")))
     if recipe.calibration_segment is None:
-        return segments[0]
+        for frame_id in shards.frame_ids("train"):
+            first_of_capture.setdefault(shards.manifest.capture_of(frame_id).name, frame_id.split("/")[0])
+        return tuple(first_of_capture.values())
     if recipe.calibration_segment not in segments:
         raise ConfigError(
             f"calibration_segment {recipe.calibration_segment!r} is no training segment; those are {segments}"
         )
-    return recipe.calibration_segment
+    return (recipe.calibration_segment,)
+
+
+def _calibration_frames(shards: ShardSet, segments: Sequence[str], count: int) -> list[str]:
+    train = shards.frame_ids("train")
+    of_segment = ([frame for frame in train if frame.split("/")[0] == segment] for segment in segments)
+    return [frame for frames in of_segment for frame in spread(frames, count)]
 
 
 def evaluate_command(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Avatar: path, s3://, models:/ or runs:/ URI.")],
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="Avatars: [NAME=] path, s3://, models:/ or runs:/ URI.")
+    ],
     shards: Annotated[str, typer.Argument(metavar="SHARDS", help="Shard set: path, file:// or s3:// URI.")],
     out: Annotated[str, typer.Option("--out", metavar="DIR", help="Where tables and pictures go.")],
+    protocol: Annotated[
+        str | None, typer.Option("--protocol", metavar="NAME", help="multiface or lipflow; both if left out.")
+    ] = None,
     recipe: RecipeOption = None,
     set_: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Score an avatar: four quadrants, and latents fitted to each driving signal."""
-    evaluation = evaluate(model, shards, out, load_recipe(EvaluateRecipe, recipe, set_ or ()))
-    lines = [
-        f"{row.latent:>10} {row.iterations:>4} it  {row.cameras:>8} cameras  {row.expressions:>8} expressions  "
-        f"{'calibrated' if row.calibrated else '':>10}  {row.psnr_db.mean:6.2f} dB  "
-        f"{row.geometry_rmse_mm.mean:6.3f} mm"
-        for row in evaluation.rows
-    ]
-    command.emit(as_document(evaluation), as_json, "\n".join(lines))
+    """Score avatars: novel views and expressions, and latents fitted to each driving signal."""
+    overrides = [*(set_ or ()), *([f"protocol={protocol}"] if protocol is not None else [])]
+    comparison, _ = evaluate_models(models, shards, out, load_recipe(EvaluateRecipe, recipe, overrides))
+    command.emit(comparison.document(), as_json, comparison.text(f"{out}/report.html"))
 
 
 if __name__ == "__main__":

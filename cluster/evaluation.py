@@ -1,28 +1,18 @@
-"""What an evaluation comes to: rows with intervals, and sheets of pictures."""
+"""What the evaluation of one avatar comes to, for the demo, the registry and promotion."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from PIL import Image
 
-from cluster.pictures import comparison_row, contact_sheet, suggested_exposure
-from cluster.scoring import ENCODER, MEAN_FACE, FrameScore, Picture
-from lipflow.metrics import bootstrap_interval
+from cluster.gallery import Failure, Picture
+from cluster.scores import ENCODER, MEAN_FACE, ScoreSheet
+from cluster.tables import IntervalUnit, Key, Variant
+from lipflow.bootstrap import BootstrapInterval
 from lipflow.types import DRIVING_SIGNALS
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean over frames with its 95 % bootstrap interval."""
-
-    mean: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -34,9 +24,9 @@ class EvaluationRow:
         iterations: fit iterations.
         cameras: ``train`` or ``held-out``.
         expressions: ``train`` or ``held-out``.
-        calibrated: whether held-out cameras' colours were solved on the calibration segment.
+        calibrated: whether held-out cameras' colours were solved on the calibration segments.
         frames: how many.
-        psnr_db: of the image, over the pixels that the tracked mesh covers.
+        psnr_db: of the mean squared error of the images, over the pixels that the tracked mesh covers.
         ssim: of the image.
         geometry_rmse_mm: of the mesh.
     """
@@ -47,9 +37,9 @@ class EvaluationRow:
     expressions: str
     calibrated: bool
     frames: int
-    psnr_db: Interval
-    ssim: Interval
-    geometry_rmse_mm: Interval
+    psnr_db: BootstrapInterval
+    ssim: BootstrapInterval
+    geometry_rmse_mm: BootstrapInterval
 
 
 @dataclass(frozen=True)
@@ -57,24 +47,34 @@ class Evaluation:
     """What an evaluation came to.
 
     Attributes:
-        method: the avatar's.
-        rows: of both tables.
-        calibration_segment: on which held-out cameras' colours were solved.
+        sheet: all scores.
+        rows: of both protocols, as far as they were run.
         fit_traces: driving signal -> mean observed loss at every iteration.
         fit_seconds: driving signal -> seconds of fitting a frame.
         run_id: the MLflow run.
-        shards_digest: of the shard set.
-        pictures: kept in memory only.
+        pictures: of the chosen frames and of the failures; kept in memory only.
+        shown_frames: the chosen ones.
+        failures: the worst frames.
     """
 
-    method: str
+    sheet: ScoreSheet
     rows: tuple[EvaluationRow, ...]
-    calibration_segment: str
     fit_traces: dict[str, list[float]]
     fit_seconds: dict[str, float]
     run_id: str
-    shards_digest: str
     pictures: tuple[Picture, ...]
+    shown_frames: tuple[str, ...]
+    failures: tuple[Failure, ...]
+
+    @property
+    def method(self) -> str:
+        """The avatar's."""
+        return self.sheet.method
+
+    @property
+    def shown(self) -> list[Picture]:
+        """The pictures of the chosen frames, which are the same for every avatar."""
+        return [picture for picture in self.pictures if picture.frame_id in self.shown_frames]
 
     def row(self, latent: str, *, fitted: bool = False) -> EvaluationRow:
         """The row of held-out expressions on training cameras: the start, or the most iterations."""
@@ -102,62 +102,45 @@ class Evaluation:
         return flat
 
 
-def table_rows(scores: Iterable[FrameScore], held_out: set[str]) -> list[EvaluationRow]:
+def evaluation_rows(sheet: ScoreSheet, unit: IntervalUnit) -> list[EvaluationRow]:
     """Means and intervals over the frames of each kind of latent, camera set and expression set."""
-    groups: dict[tuple, list[FrameScore]] = {}
-    for score in scores:
-        expressions = "held-out" if score.frame_id in held_out else "train"
-        key = (score.latent, score.iterations, score.cameras, expressions, score.calibrated)
-        groups.setdefault(key, []).append(score)
+    variant = Variant([sheet], unit)
     order = {latent: index for index, latent in enumerate((MEAN_FACE, ENCODER, *DRIVING_SIGNALS))}
+
+    def place(key: Key) -> tuple:
+        return order[key.latent], key.iterations, key.cameras, key.expressions, key.calibrated
+
     rows = []
-    for key in sorted(groups, key=lambda key: (order[key[0]], *key[1:])):
-        group = groups[key]
+    for key in sorted(variant.keys, key=place):
+        psnr_db, ssim = variant.psnr_db(key), variant.mean(key, "ssim")
+        geometry = variant.mean(key, "geometry_rmse_mm")
+        assert psnr_db is not None
+        assert ssim is not None
+        assert geometry is not None
         rows.append(
-            EvaluationRow(
-                *key,
-                frames=len(group),
-                psnr_db=_interval([score.psnr_db for score in group]),
-                ssim=_interval([score.ssim for score in group]),
-                geometry_rmse_mm=_interval([score.geometry_rmse_mm for score in group]),
-            )
+            EvaluationRow(**vars(key), frames=psnr_db.frames, psnr_db=psnr_db, ssim=ssim, geometry_rmse_mm=geometry)
         )
     return rows
 
 
-def _interval(values: list[float]) -> Interval:
-    found = bootstrap_interval(torch.tensor(values))
-    return Interval(found.mean, found.low, found.high)
-
-
 def as_document(evaluation: Evaluation) -> dict[str, Any]:
-    """The evaluation without its pictures, for JSON."""
-    document = {name: getattr(evaluation, name) for name in evaluation.__dataclass_fields__ if name != "pictures"}
-    return document | {"rows": [asdict(row) for row in evaluation.rows]}
-
-
-def picture_sheets(evaluations: dict[str, Evaluation]) -> dict[str, Any]:
-    """For each driving signal (and the encoder) one sheet of photo | reconstruction | error rows.
-
-    Args:
-        evaluations: method -> its evaluation, on the same frames; rows of several methods stand below each other.
-    """
-    everything = [picture for evaluation in evaluations.values() for picture in evaluation.pictures]
-    if not everything:
-        return {}
-    exposure = suggested_exposure([picture.photo for picture in everything])
-    sheets = {}
-    for latent in dict.fromkeys(picture.latent for picture in everything):
-        rows, labels = [], []
-        for frame_id in dict.fromkeys(picture.frame_id for picture in everything):
-            for method, evaluation in evaluations.items():
-                for picture in evaluation.pictures:
-                    if (picture.latent, picture.frame_id) == (latent, frame_id):
-                        mask = picture.reconstruction.max(-1)
-                        rows.append(comparison_row(picture.photo, picture.reconstruction, mask=mask, exposure=exposure))
-                        labels.append(f"{method}\n{frame_id.replace('/', chr(10))}")
-        sheets[latent] = contact_sheet(rows, row_labels=labels, title=latent)
-    return sheets
+    """The evaluation without its scores and pictures, for JSON."""
+    sheet = evaluation.sheet
+    return {
+        "name": sheet.name,
+        "method": sheet.method,
+        "rows": [asdict(row) for row in evaluation.rows],
+        "calibration_segments": sheet.calibration_segments,
+        "uncalibrated_cameras": sheet.uncalibrated_cameras,
+        "fit_traces": evaluation.fit_traces,
+        "fit_seconds": evaluation.fit_seconds,
+        "failures": [
+            {"metric": failure.metric, "rank": failure.rank, "median": failure.median, "score": asdict(failure.score)}
+            for failure in evaluation.failures
+        ],
+        "run_id": evaluation.run_id,
+        "shards_digest": sheet.shards_digest,
+    }
 
 
 def png_bytes(image: Any) -> bytes:

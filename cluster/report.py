@@ -70,6 +70,25 @@ class QuadrantRow:
 
 
 @dataclass(frozen=True)
+class ReportTable:
+    """A table whose figures are text already.
+
+    Attributes:
+        title: above it.
+        note: what its figures are of.
+        labels: headings of the rows' labels.
+        figures: headings of the figures.
+        rows: (labels, figures).
+    """
+
+    title: str
+    note: str
+    labels: Sequence[str]
+    figures: Sequence[str]
+    rows: Sequence[tuple[Sequence[str], Sequence[str]]]
+
+
+@dataclass(frozen=True)
 class Picture:
     """A picture ``(H, W, 3)`` uint8 with a title, a caption and, for those who do not see it, a description."""
 
@@ -89,6 +108,7 @@ class ReportContent:
         headline: the headline table, in the order shown.
         protocol: what the headline was measured on, e.g. ``held-out expressions, training cameras``.
         reading: sentences on how to read the headline.
+        tables: further tables, in the order shown.
         quadrants: the quadrant table.
         quadrants_note: below that table, e.g. how held-out cameras were calibrated.
         pictures: in the order shown, such as one for each driving signal.
@@ -103,6 +123,7 @@ class ReportContent:
     headline: Sequence[HeadlineRow]
     protocol: str = ""
     reading: Sequence[str] = ()
+    tables: Sequence[ReportTable] = ()
     quadrants: Sequence[QuadrantRow] = ()
     quadrants_note: str = ""
     pictures: Sequence[Picture] = ()

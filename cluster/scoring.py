@@ -2,139 +2,116 @@
 
 Nothing is fitted on what is scored. Latents are the posterior mean, the prior's start or a fit to a driving signal;
 the frontal camera, which two driving signals see, is never scored. All methods are compared on the same pixels: those
-that the *tracked* mesh covers.
+that the *tracked* mesh covers, and its regions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d
 
+from cluster.scores import ENCODER, MEAN_FACE, FrameScore
 from lipflow.checkpoint import load_avatar
 from lipflow.config import FitConfig, RenderConfig
 from lipflow.fitting import fit
-from lipflow.metrics import geometry_rmse_mm, masked_mse, masked_ssim, psnr, solve_gain_bias
+from lipflow.metrics import frame_jitter_mm, geometry_rmse_mm, masked_mse, masked_ssim_map, solve_gain_bias, texture_mse
 from lipflow.model.avatar import Avatar
+from lipflow.regions import REGIONS, face_regions, pixel_regions, region_means, vertex_regions
 from lipflow.render.renderer import Renderer
 from lipflow.types import FrameBatch, colour_planes
 from pipeline import storage
 from pipeline.loading.loader import ShardSet
 from pipeline.sharding.splits import spread
 
-MEAN_FACE = "mean face"
-ENCODER = "encoder"
-
-PICTURE_SAMPLES = 3
-"""Samples along each axis of a pixel in the pictures that are shown."""
-
-_ZOOM = (PICTURE_SAMPLES, PICTURE_SAMPLES, 1.0)
-
 ColorTable = Mapping[str, tuple[list[float], list[float]]]
-"""camera id -> (gain, bias) by channel, solved on the calibration segment."""
+"""camera id -> (gain, bias) by channel, solved on the calibration segments."""
+
+LatentKey = tuple[str, int, str]
+"""(latent, fit iterations, frame id)."""
 
 
-@dataclass(frozen=True)
-class FrameScore:
-    """One frame under one kind of latent, on one set of cameras.
-
-    Attributes:
-        frame_id: ``"SEGMENT/FRAME"``.
-        latent: where z comes from: ``mean face``, ``encoder``, or a driving signal.
-        iterations: fit iterations; 0: the start.
-        cameras: ``train`` or ``held-out``.
-        calibrated: whether held-out cameras' gain and bias were solved on the calibration segment.
-        image_mse: mean over views of the masked mean squared error, 0..255 squared.
-        psnr_db: of ``image_mse``.
-        ssim: mean over views.
-        geometry_rmse_mm: vertices against the tracked mesh.
-    """
-
-    frame_id: str
-    latent: str
-    iterations: int
-    cameras: str
-    calibrated: bool
-    image_mse: float
-    psnr_db: float
-    ssim: float
-    geometry_rmse_mm: float
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A photo and its reconstruction, both ``(H, W, 3)`` uint8; outside the head the reconstruction is black."""
-
-    frame_id: str
-    camera_id: str
-    latent: str
-    photo: np.ndarray
-    reconstruction: np.ndarray
-
-
-@dataclass(frozen=True)
+@dataclass
 class TaskResult:
     """What one task brings back.
 
     Attributes:
         scores: one for each frame, latent and camera set.
-        latents: (latent, frame id) -> z as a list.
-        pictures: of the frames that were asked for.
+        latents: z as a list.
         trace: mean over frames of L_obs at every iteration; empty if nothing was fitted.
         seconds: spent in fitting.
     """
 
-    scores: list[FrameScore]
-    latents: dict[tuple[str, str], list[float]]
-    pictures: list[Picture]
-    trace: list[float]
+    scores: list[FrameScore] = field(default_factory=list)
+    latents: dict[LatentKey, list[float]] = field(default_factory=dict)
+    trace: list[float] = field(default_factory=list)
     seconds: float = 0.0
 
 
+@dataclass(frozen=True)
+class Scene:
+    """What a worker keeps between its tasks.
+
+    Attributes:
+        avatar: in evaluation mode.
+        renderer: of the set's topology.
+        shards: the shard set.
+        vertex_labels: ``(V,)`` region of every vertex.
+        face_labels: ``(F,)`` region of every triangle.
+    """
+
+    avatar: Avatar
+    renderer: Renderer
+    shards: ShardSet
+    vertex_labels: Tensor
+    face_labels: Tensor
+
+
 @lru_cache(maxsize=2)
-def _open(avatar_uri: str, shards_uri: str, render: RenderConfig) -> tuple[Avatar, Renderer, ShardSet]:
-    """Avatar, renderer and shard set, kept by a worker between its tasks."""
+def open_scene(avatar_uri: str, shards_uri: str, render: RenderConfig) -> Scene:
+    """Avatar, renderer and shard set; the regions follow from the shard set, so they are the same for all avatars."""
     with TemporaryDirectory() as folder:
         local = Path(folder, "avatar")
         storage.download_dir(avatar_uri, local)
         avatar = load_avatar(local).eval()
     shards = ShardSet.open(shards_uri)
-    return avatar, Renderer(shards.topology, render.backend, filter=render.filter, antialias=render.antialias), shards
+    renderer = Renderer(shards.topology, render.backend, filter=render.filter, antialias=render.antialias)
+    labels = vertex_regions(shards.topology, shards.normalization.vertices_mean)
+    of_faces = torch.from_numpy(face_regions(shards.topology, labels))
+    return Scene(avatar, renderer, shards, torch.from_numpy(labels), of_faces)
 
 
 def calibrate_colors(avatar_uri: str, shards_uri: str, render: RenderConfig, frame_ids: Sequence[str]) -> dict:
-    """Gain and bias of every held-out camera, by least squares over the frames of the calibration segment.
+    """Gain and bias of every held-out camera, by least squares over calibration frames.
 
-    The frames are of a training segment and their latents come from the encoder, so nothing that is scored enters.
+    The frames are of training segments and their latents come from the encoder, so nothing that is scored enters.
     """
-    avatar, renderer, shards = _open(avatar_uri, shards_uri, render)
-    camera_ids = list(shards.test_camera_ids)
+    scene = open_scene(avatar_uri, shards_uri, render)
+    camera_ids = list(scene.shards.test_camera_ids)
     if not camera_ids:
         return {}
     predicted, targets, weights = [], [], []
     with torch.no_grad():
         for frame_id in frame_ids:
-            batch = shards.frames([frame_id], camera_ids)
-            z = avatar.encode(batch.vertices, batch.average_texture).mean
-            decoded = avatar.decode(z, batch.cameras.view_vectors())
-            out = renderer.render(decoded.vertices, decoded.textures, batch.cameras, _image_size(batch))
-            seen = out.mask & _tracked_mask(renderer, batch) & batch.view_present[..., None, None]
+            batch = scene.shards.frames([frame_id], camera_ids, signals=())
+            z = scene.avatar.encode(batch.vertices, batch.average_texture).mean
+            decoded = scene.avatar.decode(z, batch.cameras.view_vectors())
+            out = scene.renderer.render(decoded.vertices, decoded.textures, batch.cameras, image_size(batch))
+            seen = out.mask & (tracked_triangles(scene, batch) >= 0) & batch.view_present[..., None, None]
             predicted.append(out.image[0])
             targets.append(colour_planes(batch.images[0]))
             weights.append(seen[0].float())
     # Side by side: one least-squares problem for each camera over all frames.
-    gain, bias = solve_gain_bias(torch.cat(predicted, -1), torch.cat(targets, -1), torch.cat(weights, -1))
+    weight = torch.cat(weights, -1)
+    gain, bias = solve_gain_bias(torch.cat(predicted, -1), torch.cat(targets, -1), weight)
     return {
-        camera_id: (gain[i].tolist(), bias[i].tolist())
-        for i, camera_id in enumerate(camera_ids)
-        if torch.cat(weights, -1)[i].sum() > 0
+        camera_id: (gain[i].tolist(), bias[i].tolist()) for i, camera_id in enumerate(camera_ids) if weight[i].sum() > 0
     }
 
 
@@ -143,28 +120,25 @@ def score_reconstructions(
     shards_uri: str,
     render: RenderConfig,
     frame_ids: Sequence[str],
-    camera_ids: Sequence[str],
+    train_cameras: Sequence[str],
+    held_out_cameras: Sequence[str],
     colors: ColorTable,
-    picture_frames: Sequence[str],
 ) -> TaskResult:
-    """The encoder's reconstructions and the mean face, on the training cameras ``camera_ids`` and the held-out ones."""
-    avatar, renderer, shards = _open(avatar_uri, shards_uri, render)
-    result = TaskResult([], {}, [], [])
+    """The encoder's reconstructions and the mean face, on training cameras and on held-out ones."""
+    scene = open_scene(avatar_uri, shards_uri, render)
+    avatar, result = scene.avatar, TaskResult()
     with torch.no_grad():
         for frame_id in frame_ids:
-            train = shards.frames([frame_id], list(camera_ids))
+            train = scene.shards.frames([frame_id], list(train_cameras), signals=())
+            target = _Target(scene, train, "train")
             z = avatar.encode(train.vertices, train.average_texture).mean
-            result.latents[(ENCODER, frame_id)] = z[0].tolist()
-            _score(result, avatar, renderer, train, z, ENCODER, 0, cameras="train")
-            _score(result, avatar, renderer, train, None, MEAN_FACE, 0, cameras="train")
-            if frame_id in picture_frames:
-                result.pictures.append(_picture(avatar, renderer, shards, frame_id, z, ENCODER))
-            if not shards.test_camera_ids:
-                continue
-            held_out = shards.frames([frame_id], list(shards.test_camera_ids))
-            _score(result, avatar, renderer, held_out, z, ENCODER, 0, cameras="held-out")
-            table = _color_tensors(colors, list(shards.test_camera_ids))
-            _score(result, avatar, renderer, held_out, z, ENCODER, 0, cameras="held-out", solved=table)
+            result.latents[ENCODER, 0, frame_id] = z[0].tolist()
+            result.scores += target.scores(z, ENCODER)
+            result.scores += target.scores(None, MEAN_FACE)
+            if held_out_cameras:
+                held_out = scene.shards.frames([frame_id], list(held_out_cameras), signals=())
+                solved = _color_tensors(colors, held_out_cameras)
+                result.scores += _Target(scene, held_out, "held-out").scores(z, ENCODER, solved=solved)
     return result
 
 
@@ -176,29 +150,64 @@ def score_fits(
     camera_ids: Sequence[str],
     signal: str,
     config: FitConfig,
-    picture_frames: Sequence[str],
+    iterations: Sequence[int],
 ) -> TaskResult:
     """Latents fitted to one driving signal; the whole face is then compared with the training cameras ``camera_ids``.
 
-    The start (0 iterations) is scored beside the fit.
+    One fit gives the scores after all of ``iterations``, of which ``config.iterations`` is the highest.
     """
-    avatar, renderer, shards = _open(avatar_uri, shards_uri, render)
+    scene = open_scene(avatar_uri, shards_uri, render)
+    _compile_fit(avatar_uri, shards_uri, render, signal, config)
     # One camera is enough to read the driving signals of all frames; the others are read frame by frame.
-    driving = shards.frames(list(frame_ids), list(camera_ids[:1])).driving
-    fitted = fit(avatar, renderer, driving, signal, config)
-    trace = fitted.observed_trace.mean(1).tolist()
-    result = TaskResult([], {}, [], trace, fitted.seconds)
+    driving = scene.shards.frames(list(frame_ids), list(camera_ids[:1])).driving
+    fitted = fit(scene.avatar, scene.renderer, driving, signal, config, record=iterations)
+    result = TaskResult(trace=fitted.observed_trace.mean(1).tolist(), seconds=fitted.seconds)
+    seconds_per_step = fitted.seconds / len(frame_ids) / max(1, config.iterations)
     with torch.no_grad():
         for index, frame_id in enumerate(frame_ids):
-            batch = shards.frames([frame_id], list(camera_ids))
-            start, z = fitted.start[index : index + 1], fitted.z[index : index + 1]
-            result.latents[(signal, frame_id)] = z[0].tolist()
-            _score(result, avatar, renderer, batch, start, signal, 0, cameras="train")
-            if config.iterations > 0:
-                _score(result, avatar, renderer, batch, z, signal, config.iterations, cameras="train")
-            if frame_id in picture_frames:
-                result.pictures.append(_picture(avatar, renderer, shards, frame_id, z, signal))
+            batch = scene.shards.frames([frame_id], list(camera_ids), signals=())
+            target = _Target(scene, batch, "train")
+            for count in iterations:
+                z = fitted.recorded[count][index : index + 1]
+                result.latents[signal, count, frame_id] = z[0].tolist()
+                result.scores += target.scores(z, signal, count, fit_seconds=count * seconds_per_step)
     return result
+
+
+@lru_cache
+def _compile_fit(avatar_uri: str, shards_uri: str, render: RenderConfig, signal: str, config: FitConfig) -> None:
+    """One step on one frame, so that the time of fits is not that of compiling the renderer."""
+    scene = open_scene(avatar_uri, shards_uri, render)
+    driving = scene.shards.frames(scene.shards.frame_ids("train")[:1], scored_cameras(scene.shards, 1)).driving
+    fit(scene.avatar, scene.renderer, driving, signal, config.model_copy(update={"iterations": 1}))
+
+
+def measure_jitter(
+    avatar_uri: str,
+    shards_uri: str,
+    render: RenderConfig,
+    frame_ids: Sequence[str],
+    codes: Mapping[tuple[str, int], Sequence[Sequence[float]]],
+) -> dict[LatentKey, tuple[float, float]]:
+    """Shaking in mm of the decoded and of the tracked mesh, in all but the first and last of consecutive frames.
+
+    Args:
+        avatar_uri: the avatar.
+        shards_uri: the shard set.
+        render: how images are drawn; the key to what the worker has open.
+        frame_ids: at least 3, consecutive.
+        codes: (latent, iterations) -> z of every frame.
+    """
+    scene = open_scene(avatar_uri, shards_uri, render)
+    found: dict[LatentKey, tuple[float, float]] = {}
+    with torch.no_grad():
+        tracked = scene.shards.frames(list(frame_ids), [], signals=()).vertices
+        target = frame_jitter_mm(tracked).tolist()
+        for (latent, iterations), z in codes.items():
+            ours = frame_jitter_mm(scene.avatar.decode_vertices(torch.tensor(z))).tolist()
+            for frame_id, pair in zip(frame_ids[1:-1], zip(ours, target, strict=True), strict=True):
+                found[latent, iterations, frame_id] = pair
+    return found
 
 
 def picture_camera(shards: ShardSet) -> str:
@@ -216,77 +225,108 @@ def scored_cameras(shards: ShardSet, count: int | None) -> list[str]:
     return spread([camera for camera in shards.train_camera_ids if camera != shards.frontal_camera_id], count)
 
 
-def _decode(avatar: Avatar, batch: FrameBatch, z: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Vertices and textures of ``z``, or of the mean face if it is None; before colour correction."""
-    if z is None:
-        frames, views = batch.camera_index.shape
-        textures = avatar.texture_mean.expand(frames, views, -1, -1, -1)
-        return avatar.vertices_mean.expand(frames, -1, -1), textures
-    decoded = avatar.decode(z, batch.cameras.view_vectors())
-    return decoded.vertices, decoded.textures
+def held_out_cameras(shards: ShardSet) -> list[str]:
+    """The held-out cameras, without the frontal one."""
+    return [camera for camera in shards.test_camera_ids if camera != shards.frontal_camera_id]
 
 
-def _score(
-    result: TaskResult,
-    avatar: Avatar,
-    renderer: Renderer,
-    batch: FrameBatch,
-    z: Tensor | None,
-    latent: str,
-    iterations: int,
-    *,
-    cameras: str,
-    solved: tuple[Tensor, Tensor] | None = None,
-) -> None:
-    """Append the score of the batch's only frame; ``solved`` replaces the avatar's colour correction."""
-    vertices, textures = _decode(avatar, batch, z)
-    if solved is None:
-        textures = avatar.correct_color(textures, batch.camera_index)
-    else:
-        textures = textures * solved[0][None, ..., None, None] + solved[1][None, ..., None, None]
-    image = renderer.render(vertices, textures, batch.cameras, _image_size(batch)).image.clamp(0, 255)
-    mask = _tracked_mask(renderer, batch)
-    present = batch.view_present[0] & mask[0].flatten(1).any(1)
-    predicted, target, mask = image[0, present], colour_planes(batch.images[0, present]), mask[0, present]
-    error = masked_mse(predicted, target, mask).mean()
-    result.scores.append(
-        FrameScore(
-            frame_id=batch.frame_ids[0],
-            latent=latent,
-            iterations=iterations,
-            cameras=cameras,
-            calibrated=solved is not None,
-            image_mse=error.item(),
-            psnr_db=psnr(error).item(),
-            ssim=masked_ssim(predicted, target, mask).mean().item(),
-            geometry_rmse_mm=geometry_rmse_mm(vertices, batch.vertices).item(),
-        )
-    )
-
-
-def _picture(avatar: Avatar, renderer: Renderer, shards: ShardSet, frame_id: str, z: Tensor, latent: str) -> Picture:
-    camera_id = picture_camera(shards)
-    batch = shards.frames([frame_id], [camera_id])
-    vertices, textures = _decode(avatar, batch, z)
-    textures = avatar.correct_color(textures, batch.camera_index)
-    # For the eye, unlike what is scored: antialiased, as the photo is.
-    height, width = _image_size(batch)
-    fine = replace(batch.cameras, intrinsics=batch.cameras.intrinsics * batch.vertices.new_tensor(_ZOOM)[:, None])
-    size = (height * PICTURE_SAMPLES, width * PICTURE_SAMPLES)
-    image = avg_pool2d(renderer.render(vertices, textures, fine, size).image[0], PICTURE_SAMPLES)
-    return Picture(
-        frame_id=frame_id,
-        camera_id=camera_id,
-        latent=latent,
-        photo=batch.images[0, 0].permute(1, 2, 0).numpy(),
-        reconstruction=image[0].permute(1, 2, 0).clamp(0, 255).round().to(torch.uint8).numpy(),
-    )
-
-
-def _tracked_mask(renderer: Renderer, batch: FrameBatch) -> Tensor:
-    """``(B, K, H, W)`` bool: pixels that the tracked mesh covers."""
+def tracked_triangles(scene: Scene, batch: FrameBatch) -> Tensor:
+    """``(B, K, H, W)`` int32 the triangle of the tracked mesh at every pixel, -1 outside."""
     texture = batch.vertices.new_zeros(len(batch.frame_ids), 1, 1, 1, 1)
-    return renderer.render(batch.vertices, texture, batch.cameras, _image_size(batch)).mask
+    return scene.renderer.render(batch.vertices, texture, batch.cameras, image_size(batch)).triangle_id
+
+
+def image_size(batch: FrameBatch) -> tuple[int, int]:
+    """(height, width) of its images in pixels."""
+    height, width = batch.images.shape[-2:]
+    return height, width
+
+
+class _Target:
+    """What one frame's reconstructions on one set of cameras are compared with; made once for all of them."""
+
+    def __init__(self, scene: Scene, batch: FrameBatch, cameras: str):
+        triangles = tracked_triangles(scene, batch)[0]
+        self.scene, self.batch, self.cameras = scene, batch, cameras
+        self.present = batch.view_present[0] & (triangles >= 0).flatten(1).any(1)
+        self.images = colour_planes(batch.images[0, self.present])
+        self.regions = pixel_regions(triangles[self.present], scene.face_labels)
+        self.mask = self.regions >= 0
+
+    def scores(
+        self,
+        z: Tensor | None,
+        latent: str,
+        iterations: int = 0,
+        *,
+        solved: tuple[Tensor, Tensor] | None = None,
+        fit_seconds: float = 0.0,
+    ) -> list[FrameScore]:
+        """The score of ``z (1, D)``, or of the mean face; a second one with ``solved`` gain and bias ``(K, 3)``.
+
+        An image is linear in its texture, so solved colours need no second rendering.
+        """
+        if not bool(self.present.any()):
+            return []
+        batch, avatar = self.batch, self.scene.avatar
+        vertices, textures = self._decoded(z)
+        textures = avatar.correct_color(textures, batch.camera_index)
+        rendered = self.scene.renderer.render(vertices, textures, batch.cameras, image_size(batch))
+        shared: dict[str, Any] = {
+            "frame_id": batch.frame_ids[0],
+            "latent": latent,
+            "iterations": iterations,
+            "cameras": self.cameras,
+            "views": int(self.present.sum()),
+            "fit_seconds": fit_seconds,
+            **self._geometry(vertices),
+        }
+        if self.cameras == "train":
+            mean = textures[0, self.present].mean(0)
+            average = batch.average_texture[0].float()
+            shared["texture_mse"] = texture_mse(mean, average, self.scene.renderer.weight_mask).item()
+        found = [FrameScore(**shared, calibrated=False, **self._image(rendered.image[0]))]
+        if solved is not None:
+            covered = rendered.mask[0, :, None]
+            image = rendered.image[0] * solved[0][..., None, None] + covered * solved[1][..., None, None]
+            found.append(FrameScore(**shared, calibrated=True, **self._image(image)))
+        return found
+
+    def _decoded(self, z: Tensor | None) -> tuple[Tensor, Tensor]:
+        avatar, batch = self.scene.avatar, self.batch
+        if z is None:
+            views = batch.camera_index.shape[1]
+            return avatar.vertices_mean[None], avatar.texture_mean.expand(1, views, -1, -1, -1)
+        decoded = avatar.decode(z, batch.cameras.view_vectors())
+        return decoded.vertices, decoded.textures
+
+    def _image(self, image: Tensor) -> dict[str, Any]:
+        predicted = image[self.present].clamp(0, 255)
+        similarity = masked_ssim_map(predicted, self.images, self.mask)
+        errors = (predicted - self.images).square().mean(-3)
+        inside = (similarity * self.mask).sum((-2, -1)) / self.mask.sum((-2, -1))
+        return {
+            "image_mse": masked_mse(predicted, self.images, self.mask).mean().item(),
+            "ssim": inside.mean().item(),
+            **_by_region("image_mse", region_means(errors, self.regions)),
+            **_by_region("ssim", region_means(similarity, self.regions)),
+        }
+
+    def _geometry(self, vertices: Tensor) -> dict[str, float | None]:
+        squared = (vertices - self.batch.vertices).square().sum(-1)[0]
+        by_region = region_means(squared, self.scene.vertex_labels).sqrt()
+        return {
+            "geometry_rmse_mm": geometry_rmse_mm(vertices, self.batch.vertices).item(),
+            **_by_region("geometry_rmse_mm", by_region),
+        }
+
+
+def _by_region(metric: str, means: Tensor) -> dict[str, float | None]:
+    known = means.isfinite().tolist()
+    return {
+        f"{metric}_{region}": value if finite else None
+        for region, value, finite in zip(REGIONS, means.tolist(), known, strict=True)
+    }
 
 
 def _color_tensors(colors: ColorTable, camera_ids: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -294,8 +334,3 @@ def _color_tensors(colors: ColorTable, camera_ids: Sequence[str]) -> tuple[Tenso
     neutral = ([1.0] * 3, [0.0] * 3)
     pairs = [colors.get(camera_id, neutral) for camera_id in camera_ids]
     return torch.tensor([gain for gain, _ in pairs]), torch.tensor([bias for _, bias in pairs])
-
-
-def _image_size(batch: FrameBatch) -> tuple[int, int]:
-    height, width = batch.images.shape[-2:]
-    return height, width

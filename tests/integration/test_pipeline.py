@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.evaluate import EvaluateRecipe, evaluate
+from cluster.compare import CompareRecipe, compare
+from cluster.evaluate import EvaluateRecipe, evaluate, evaluate_models
 from cluster.evaluation import Evaluation
 from cluster.promote import PromoteRecipe, promote_model
 from cluster.promotion import PromotionDecision
@@ -22,6 +23,7 @@ from cluster.tracking import KIND_TAG, PARENT_RUN_TAG, SHARDS_DIGEST_TAG, load_t
 from cluster.train import TrainSummary, train
 from lipflow.checkpoint import load_avatar
 from lipflow.config import FitConfig, RenderConfig
+from lipflow.regions import face_regions, vertex_regions
 from lipflow.render.renderer import Renderer
 from lipflow.types import DRIVING_SIGNALS
 from pipeline import storage
@@ -52,7 +54,7 @@ def finished(shards, tiny_training, tmp_path_factory: pytest.TempPathFactory) ->
         trained.model or "",
         shards.uri,
         str(out / "evaluation"),
-        EvaluateRecipe(fit=FitConfig(iterations=2), tracking=shards.tracking, picture_frames=1),
+        EvaluateRecipe(fit=FitConfig(iterations=2), tracking=shards.tracking, picture_frames=1, failure_frames=1),
         parent_run=trained.run_id,
     )
     decision = promote_model(trained.model or "", PromoteRecipe(tracking=shards.tracking))
@@ -152,6 +154,100 @@ def test_evaluation_has_all_quadrants_and_every_signal_before_and_after_the_fit(
         assert calibrated > uncalibrated
     document = json.loads((finished.out / "evaluation" / "evaluation.json").read_text())
     assert len(document["rows"]) == len(rows)
+
+
+def test_an_evaluation_is_written_whole_and_its_scores_give_its_tables_again(finished: Finished, tmp_path: Path):
+    out = finished.out / "evaluation"
+    names = {"quadrants", "training-quadrant", "quadrant-regions", "driven", "driven-regions", "driven-ratios"}
+    assert {path.stem for path in (out / "tables").iterdir()} == names
+    page = (out / "report.html").read_text()
+    assert "Driven by one signal, by region" in page
+    assert "Worst frames: lipflow, hmc" in page
+    latents = ("encoder", *DRIVING_SIGNALS)
+    metrics = ("image_mse", "geometry_rmse_mm")
+    assert {path.stem for path in (out / "failures").iterdir()} == {f"{a}-{b}" for a in latents for b in metrics}
+    again = compare([str(out)], str(tmp_path), CompareRecipe())
+    assert (tmp_path / "tables.md").read_text() == (out / "tables.md").read_text()
+    assert again.sheets[0] == finished.evaluation.sheet
+
+
+def test_scores_agree_with_metrics_of_a_rendering_by_hand(shards, finished: Finished):
+    """The encoder's row of one held-out frame, rendered and measured here view by view and region by region."""
+    shard_set = ShardSet.open(shards.uri)
+    sheet = finished.evaluation.sheet
+    frame_id = sheet.held_out_frames[0]
+    score = next(
+        score
+        for score in sheet.scores
+        if (score.frame_id, score.latent, score.cameras) == (frame_id, "encoder", "train")
+    )
+    avatar, renderer = load_avatar(storage.local_path(finished.trained.avatar)).eval(), Renderer(shard_set.topology)
+    labels = vertex_regions(shard_set.topology, shard_set.normalization.vertices_mean)
+    of_faces = face_regions(shard_set.topology, labels)
+    assert shard_set.frontal_camera_id not in sheet.train_cameras
+    batch = shard_set.frames([frame_id], list(sheet.train_cameras))
+    size = tuple(batch.images.shape[-2:])
+    with torch.no_grad():
+        z = avatar.encode(batch.vertices, batch.average_texture).mean
+        decoded = avatar.decode(z, batch.cameras.view_vectors())
+        textures = avatar.correct_color(decoded.textures, batch.camera_index)
+        ours = renderer.render(decoded.vertices, textures, batch.cameras, size).image.clamp(0, 255)[0].numpy()
+        triangles = renderer.render(batch.vertices, textures, batch.cameras, size).triangle_id[0].numpy()
+    errors = ((ours - batch.images[0].numpy().astype(np.float64)) ** 2).mean(1)
+    seen = triangles >= 0
+    mse = np.mean([error[mask].mean() for error, mask in zip(errors, seen, strict=True)])
+    assert score.image_mse == pytest.approx(mse, rel=1e-5)
+    mouth = seen & (of_faces[triangles] == 0)
+    assert score.image_mse_mouth == pytest.approx(errors[mouth].mean(), rel=1e-5)
+    distance = np.linalg.norm(decoded.vertices[0].numpy() - batch.vertices[0].numpy(), axis=-1)
+    assert score.geometry_rmse_mm_eyes == pytest.approx(np.sqrt((distance[labels == 1] ** 2).mean()), rel=1e-5)
+    mean_texture = textures[0].mean(0).numpy() - batch.average_texture[0].numpy()
+    compared = shard_set.topology.weight_mask > 0
+    assert score.texture_mse == pytest.approx((mean_texture[:, compared] ** 2).mean(), rel=1e-4)
+
+
+def test_jitter_is_that_of_three_neighbours_by_hand(shards, finished: Finished):
+    """Every segment has three frames, so the middle one alone has neighbours on both sides."""
+    shard_set = ShardSet.open(shards.uri)
+    sheet = finished.evaluation.sheet
+    middle = sheet.held_out_frames[1]
+    scores = [score for score in sheet.scores if score.latent == "hmc" and score.cameras == "train"]
+    assert {score.frame_id for score in scores if score.jitter_mm is not None} == {middle}
+    before, at, after = shard_set.frames(list(sheet.held_out_frames), [], signals=()).vertices.numpy()
+    expected = np.linalg.norm(after - 2 * at + before, axis=-1).mean()
+    score = next(score for score in scores if score.frame_id == middle)
+    assert score.target_jitter_mm == pytest.approx(expected, rel=1e-5)
+
+
+def test_several_models_are_scored_on_the_same_frames_and_stand_in_one_table(
+    shards, finished: Finished, tmp_path: Path
+):
+    recipe = EvaluateRecipe(
+        protocol="lipflow",
+        fit_iterations=(0, 1, 3),
+        signals=("keypoints",),
+        tracking=shards.tracking,
+        picture_frames=1,
+        failure_frames=1,
+    )
+    avatar = finished.trained.avatar
+    comparison, evaluations = evaluate_models([f"a={avatar}", f"b={avatar}"], shards.uri, str(tmp_path), recipe)
+    driven, ratios = (next(t for t in comparison.tables if t.name == name) for name in ("driven", "driven-ratios"))
+    kept = [row.labels for row in driven.rows if row.labels[0] == "keypoints"]
+    assert kept == [("keypoints", name, iterations) for name in "ab" for iterations in ("0", "1", "3")]
+    # The same avatar twice: its own last row over the baseline's is exactly 1.
+    (same,) = (row.cells for row in ratios.rows if row.labels == ("keypoints", "b", "3"))
+    assert [(cell.mean, cell.low, cell.high) for cell in same] == [(1, 1, 1)] * 2
+    # One fit gives all rows, and the start is that of the other protocol's evaluation.
+    first = evaluations[0].sheet.scores
+    starts = {s.frame_id: s.image_mse for s in first if (s.latent, s.iterations) == ("keypoints", 0)}
+    assert starts == {
+        score.frame_id: pytest.approx(score.image_mse, rel=1e-5)
+        for score in finished.evaluation.sheet.scores
+        if (score.latent, score.iterations) == ("keypoints", 0)
+    }
+    assert evaluations[0].sheet.train_frames == ()
+    assert {path.name for path in tmp_path.iterdir()} >= {"a", "b", "tables.md", "report.html", "evaluation.json"}
 
 
 def test_fitted_latents_load_back_from_the_store_and_from_the_output(shards, finished: Finished):

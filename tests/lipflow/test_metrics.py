@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from lipflow.metrics import (
-    bootstrap_interval,
     calibration_rms,
+    frame_jitter_mm,
     geometry_rmse_mm,
     masked_mse,
     masked_ssim,
     psnr,
     ssim_map,
-    temporal_jitter_mm,
+    texture_mse,
 )
 from lipflow.model.gaussian import DiagonalGaussian
 
@@ -92,12 +92,19 @@ def test_geometry_rmse_by_hand():
 
 def test_jitter_is_zero_in_even_motion_and_counts_shaking():
     steady = torch.arange(5.0)[:, None, None].expand(5, 4, 3)
-    assert temporal_jitter_mm(steady) == 0
-    shaking = torch.zeros(3, 1, 3)
+    assert frame_jitter_mm(steady).tolist() == [0, 0, 0]
+    shaking = torch.zeros(4, 1, 3)
     shaking[1, 0, 0] = 1.5
-    assert temporal_jitter_mm(shaking).item() == pytest.approx(3.0)
+    assert frame_jitter_mm(shaking).tolist() == pytest.approx([3.0, 1.5])
     with pytest.raises(ValueError, match="at least 3"):
-        temporal_jitter_mm(steady[:2])
+        frame_jitter_mm(steady[:2])
+
+
+def test_texture_mse_by_hand_is_over_texels_of_positive_weight_and_weighs_them_alike():
+    """Errors 1 and 3 on two texels of weight 1 and 4, in all channels; 100 where nothing is to be compared."""
+    target = torch.zeros(3, 2, 2)
+    predicted = torch.tensor([[1.0, 3.0], [100.0, 100.0]]).expand(3, 2, 2)
+    assert texture_mse(predicted, target, torch.tensor([[1.0, 4.0], [0.0, 0.0]])).item() == pytest.approx(5.0)
 
 
 def test_calibration_rms_is_one_for_samples_of_the_prior():
@@ -106,30 +113,6 @@ def test_calibration_rms_is_one_for_samples_of_the_prior():
     assert calibration_rms(y, prior).mean().item() == pytest.approx(1, abs=0.02)
     tight = DiagonalGaussian(prior.mean, prior.log_std - math.log(3.0))
     assert calibration_rms(y, tight).mean().item() == pytest.approx(3, abs=0.06)
-
-
-def test_bootstrap_interval_of_normal_values_is_the_textbook_one():
-    values = torch.randn(400, generator=torch.Generator().manual_seed(0)).double()
-    interval = bootstrap_interval(values, seed=1)
-    half = 1.96 * values.std().item() / 20
-    assert interval.mean == pytest.approx(values.mean().item())
-    assert interval.high - interval.mean == pytest.approx(half, rel=0.1)
-    assert interval.mean - interval.low == pytest.approx(half, rel=0.1)
-    assert interval.frames == 400
-
-
-def test_bootstrap_repeats_with_its_seed_and_narrows_with_confidence():
-    values = torch.rand(30, generator=torch.Generator().manual_seed(0))
-    assert bootstrap_interval(values, seed=3) == bootstrap_interval(values, seed=3)
-    assert bootstrap_interval(values, seed=3) != bootstrap_interval(values, seed=4)
-    wide, narrow = bootstrap_interval(values), bootstrap_interval(values, confidence=0.5)
-    assert narrow.high - narrow.low < wide.high - wide.low
-
-
-@pytest.mark.parametrize("values", [torch.zeros(0), torch.tensor([1.0, math.nan]), torch.zeros(2, 2)])
-def test_bootstrap_refuses_what_it_cannot_average(values):
-    with pytest.raises(ValueError, match="finite values"):
-        bootstrap_interval(values)
 
 
 def test_disagreeing_shapes_are_refused():
