@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.nn.functional import avg_pool2d
 
+from cluster.area_sampling import render_area
 from cluster.pictures import comparison_row, contact_sheet, suggested_exposure
 from cluster.scores import MEAN_FACE, FrameScore
 from cluster.scoring import image_size, open_scene, picture_camera
@@ -16,8 +16,6 @@ from lipflow.config import RenderConfig
 
 PICTURE_SAMPLES = 3
 """Samples along each axis of a pixel in the pictures that are shown."""
-
-_ZOOM = (PICTURE_SAMPLES, PICTURE_SAMPLES, 1.0)
 
 FAILURE_METRICS = ("image_mse", "geometry_rmse_mm")
 
@@ -91,12 +89,8 @@ def draw_pictures(
             batch = scene.shards.frames([frame_id], [camera_id], signals=())
             decoded = scene.avatar.decode(torch.tensor([z]), batch.cameras.view_vectors())
             textures = scene.avatar.correct_color(decoded.textures, batch.camera_index)
-            # For the eye, unlike what is scored: antialiased, as the photo is.
-            height, width = image_size(batch)
-            zoom = batch.vertices.new_tensor(_ZOOM)[:, None]
-            fine = replace(batch.cameras, intrinsics=batch.cameras.intrinsics * zoom)
-            size = (height * PICTURE_SAMPLES, width * PICTURE_SAMPLES)
-            image = avg_pool2d(scene.renderer.render(decoded.vertices, textures, fine, size).image[0], PICTURE_SAMPLES)
+            size = image_size(batch)
+            image = render_area(scene.renderer, decoded.vertices, textures, batch.cameras, size, PICTURE_SAMPLES).image
             pictures.append(
                 Picture(
                     frame_id=frame_id,

@@ -1,8 +1,8 @@
 """What one evaluation task computes: frames scored under an avatar, against the cameras and the tracked mesh.
 
 Nothing is fitted on what is scored. Latents are the posterior mean, the prior's start or a fit to a driving signal;
-the frontal camera, which two driving signals see, is never scored. All methods are compared on the same pixels: those
-that the *tracked* mesh covers, and its regions.
+the frontal camera, which two driving signals see, is never scored. All methods are compared on the same pixels, those
+that the *tracked* mesh covers whole, and on its regions, with several samples a pixel (:mod:`cluster.area_sampling`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cluster.area_sampling import render_area
 from cluster.scores import ENCODER, MEAN_FACE, FrameScore
 from lipflow.checkpoint import load_avatar
 from lipflow.config import FitConfig, RenderConfig
@@ -81,7 +82,7 @@ def open_scene(avatar_uri: str, shards_uri: str, render: RenderConfig) -> Scene:
         storage.download_dir(avatar_uri, local)
         avatar = load_avatar(local).eval()
     shards = ShardSet.open(shards_uri)
-    renderer = Renderer(shards.topology, render.backend, filter=render.filter, antialias=render.antialias)
+    renderer = Renderer(shards.topology, render.backend, filter=render.filter)
     labels = vertex_regions(shards.topology, shards.normalization.vertices_mean)
     of_faces = torch.from_numpy(face_regions(shards.topology, labels))
     return Scene(avatar, renderer, shards, torch.from_numpy(labels), of_faces)
@@ -102,11 +103,13 @@ def calibrate_colors(avatar_uri: str, shards_uri: str, render: RenderConfig, fra
             batch = scene.shards.frames([frame_id], camera_ids, signals=())
             z = scene.avatar.encode(batch.vertices, batch.average_texture).mean
             decoded = scene.avatar.decode(z, batch.cameras.view_vectors())
-            out = scene.renderer.render(decoded.vertices, decoded.textures, batch.cameras, image_size(batch))
-            seen = out.mask & (tracked_triangles(scene, batch) >= 0) & batch.view_present[..., None, None]
-            predicted.append(out.image[0])
+            size = image_size(batch)
+            out = render_area(scene.renderer, decoded.vertices, decoded.textures, batch.cameras, size)
+            tracked = tracked_triangles(scene, batch)
+            seen = (out.triangle_id >= 0) & (tracked >= 0) & batch.view_present[0, :, None, None]
+            predicted.append(out.image)
             targets.append(colour_planes(batch.images[0]))
-            weights.append(seen[0].float())
+            weights.append(seen.float())
     # Side by side: one least-squares problem for each camera over all frames.
     weight = torch.cat(weights, -1)
     gain, bias = solve_gain_bias(torch.cat(predicted, -1), torch.cat(targets, -1), weight)
@@ -231,9 +234,9 @@ def held_out_cameras(shards: ShardSet) -> list[str]:
 
 
 def tracked_triangles(scene: Scene, batch: FrameBatch) -> Tensor:
-    """``(B, K, H, W)`` int32 the triangle of the tracked mesh at every pixel, -1 outside."""
-    texture = batch.vertices.new_zeros(len(batch.frame_ids), 1, 1, 1, 1)
-    return scene.renderer.render(batch.vertices, texture, batch.cameras, image_size(batch)).triangle_id
+    """``(K, H, W)`` the triangle of one frame's tracked mesh in every pixel that it covers whole, -1 elsewhere."""
+    texture = batch.vertices.new_zeros(1, 1, 1, 1, 1)
+    return render_area(scene.renderer, batch.vertices, texture, batch.cameras, image_size(batch)).triangle_id
 
 
 def image_size(batch: FrameBatch) -> tuple[int, int]:
@@ -246,7 +249,7 @@ class _Target:
     """What one frame's reconstructions on one set of cameras are compared with; made once for all of them."""
 
     def __init__(self, scene: Scene, batch: FrameBatch, cameras: str):
-        triangles = tracked_triangles(scene, batch)[0]
+        triangles = tracked_triangles(scene, batch)
         self.scene, self.batch, self.cameras = scene, batch, cameras
         self.present = batch.view_present[0] & (triangles >= 0).flatten(1).any(1)
         self.images = colour_planes(batch.images[0, self.present])
@@ -271,7 +274,7 @@ class _Target:
         batch, avatar = self.batch, self.scene.avatar
         vertices, textures = self._decoded(z)
         textures = avatar.correct_color(textures, batch.camera_index)
-        rendered = self.scene.renderer.render(vertices, textures, batch.cameras, image_size(batch))
+        rendered = render_area(self.scene.renderer, vertices, textures, batch.cameras, image_size(batch))
         shared: dict[str, Any] = {
             "frame_id": batch.frame_ids[0],
             "latent": latent,
@@ -285,10 +288,10 @@ class _Target:
             mean = textures[0, self.present].mean(0)
             average = batch.average_texture[0].float()
             shared["texture_mse"] = texture_mse(mean, average, self.scene.renderer.weight_mask).item()
-        found = [FrameScore(**shared, calibrated=False, **self._image(rendered.image[0]))]
+        found = [FrameScore(**shared, calibrated=False, **self._image(rendered.image))]
         if solved is not None:
-            covered = rendered.mask[0, :, None]
-            image = rendered.image[0] * solved[0][..., None, None] + covered * solved[1][..., None, None]
+            covered = rendered.coverage[:, None]
+            image = rendered.image * solved[0][..., None, None] + covered * solved[1][..., None, None]
             found.append(FrameScore(**shared, calibrated=True, **self._image(image)))
         return found
 

@@ -31,16 +31,19 @@ def parts(shards_uri: str, method: str, options: dict[str, Any]) -> dict[str, Ca
     """
     import torch
 
-    from cluster.training_loop import avatar_for
+    from cluster.training_loop import context_of
     from lipflow.config import AvatarConfig, LossConfig
     from lipflow.losses import training_loss
+    from lipflow.model.avatar import Avatar
     from lipflow.render.renderer import Renderer
     from lipflow.types import map_tensors
     from pipeline.loading.loader import ShardSet
 
     torch.set_num_threads(options["threads"])
     shards = ShardSet.open(shards_uri)
-    avatar = avatar_for(shards, AvatarConfig.small(**{"method": method, "texture_size": 128} | options["avatar"]))
+    avatar = Avatar(
+        AvatarConfig.small(**{"method": method, "texture_size": 128} | options["avatar"]), context_of(shards)
+    )
     renderer = Renderer(shards.topology)
     frame_ids = shards.frame_ids("train")
     chosen = frame_ids[:: max(1, len(frame_ids) // options["frames"])][: options["frames"]]

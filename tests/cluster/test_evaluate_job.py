@@ -14,10 +14,11 @@ from cluster.compare import CompareRecipe, compare
 from cluster.evaluate import EvaluateRecipe, calibration_segments, evaluate_models
 from cluster.evaluation_report import compared
 from cluster.scoring import calibrate_colors, held_out_cameras, scored_cameras
-from cluster.training_loop import avatar_for
+from cluster.training_loop import context_of
 from lipflow.checkpoint import save_avatar
 from lipflow.config import AvatarConfig, RenderConfig
 from lipflow.errors import ConfigError
+from lipflow.model.avatar import Avatar
 from pipeline.captures.opening import open_capture
 from pipeline.loading.loader import ShardSet
 from pipeline.sharding.shards import write_shards
@@ -40,7 +41,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
 def avatar(shards: ShardSet, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Untrained."""
     folder = tmp_path_factory.mktemp("avatar")
-    save_avatar(avatar_for(shards, AvatarConfig.small(texture_size=32, method="dam")), folder)
+    save_avatar(Avatar(AvatarConfig.small(texture_size=32, method="dam"), context_of(shards)), folder)
     return str(folder)
 
 

@@ -18,7 +18,7 @@ from trimesh import load_mesh
 from cluster import cli, command
 from cluster.frame_fits import FittingConfig, FrameFit
 from cluster.tracking import TrackingConfig, load_table
-from cluster.training_loop import avatar_for
+from cluster.training_loop import context_of
 from lipflow.checkpoint import load_avatar, save_avatar
 from lipflow.config import AvatarConfig, FitConfig
 from lipflow.fitting import fit, fit_sequence
@@ -76,7 +76,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
 def model(shards: ShardSet, tmp_path_factory: pytest.TempPathFactory) -> str:
     """An avatar that knows nothing yet: what a fit does with it is the same."""
     folder = tmp_path_factory.mktemp("model")
-    save_avatar(avatar_for(shards, SMALL), folder)
+    save_avatar(Avatar(SMALL, context_of(shards)), folder)
     return str(folder)
 
 
@@ -191,7 +191,7 @@ def test_what_cannot_be_fitted_is_refused_before_ray_starts(
 
 
 def test_an_avatar_of_another_capture_is_refused(shards, tmp_path, monkeypatch, capsys):
-    context = avatar_for(shards, SMALL).context
+    context = context_of(shards)
     save_avatar(Avatar(SMALL, replace(context, keypoint_names=context.keypoint_names[:-1])), tmp_path / "other")
     arguments = [str(tmp_path / "other"), shards.uri, "--signal", "hmc", "--out", str(tmp_path / "out")]
     assert run(monkeypatch, *arguments) == command.EXIT_USAGE

@@ -26,10 +26,11 @@ from cluster.sample_tasks import (
     open_spread,
 )
 from cluster.tracking import TrackingConfig, open_client
-from cluster.training_loop import avatar_for
+from cluster.training_loop import context_of
 from lipflow.checkpoint import load_avatar, save_avatar
 from lipflow.config import AvatarConfig, RenderConfig
 from lipflow.errors import ConfigError
+from lipflow.model.avatar import Avatar
 from lipflow.sample_metrics import diversity_mm, fit_mesh_pca
 from pipeline.captures.opening import open_capture
 from pipeline.dome.writer import DomeConfig, write_dome
@@ -75,7 +76,7 @@ def avatars(shards: ShardSet, tmp_path_factory: pytest.TempPathFactory) -> dict[
     root = tmp_path_factory.mktemp("avatars")
     for method in ("dam", "flow-gaussian", "lipflow"):
         signals = ("keypoints",) if method == "lipflow" else None
-        avatar = avatar_for(shards, AvatarConfig(**TINY, method=method, signals=signals))
+        avatar = Avatar(AvatarConfig(**TINY, method=method, signals=signals), context_of(shards))
         save_avatar(avatar, root / method)
     return {path.name: str(path) for path in root.iterdir()}
 
