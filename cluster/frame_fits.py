@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -21,7 +21,6 @@ from lipflow.checkpoint import load_avatar
 from lipflow.config import FitConfig, RenderConfig, StrictConfig
 from lipflow.fitting import FitResult, fit, fit_sequence, posterior, vertex_std_mm
 from lipflow.model.avatar import Avatar
-from lipflow.model.driving import signal_present
 from lipflow.render.renderer import Renderer
 from lipflow.types import DrivingSignals
 from pipeline import storage
@@ -150,7 +149,8 @@ def fit_frames(
             samples = beliefs.sample(avatar, count, torch.Generator().manual_seed(config.seed))
         z_std = samples.std(0).numpy()
     _write_arrays(out_uri, avatar, frame_ids, fitted.z, spread_mm, meshes=config.meshes)
-    rows = _rows(frame_ids, fitted, driving, signals, spread_mm)
+    shown = {name: avatar.presence(name, driving).tolist() for name in signals}
+    rows = _rows(frame_ids, fitted, shown, spread_mm)
     return RunFit(rows, fitted.z.numpy(), fitted.start.numpy(), z_std, fitted.seconds)
 
 
@@ -182,16 +182,14 @@ def _write_arrays(
 def _rows(
     frame_ids: Sequence[str],
     fitted: FitResult,
-    driving: DrivingSignals,
-    signals: Sequence[str],
+    shown: Mapping[str, Sequence[bool]],
     spread_mm: np.ndarray | None,
 ) -> list[FrameFit]:
-    present = {name: signal_present(name, driving).tolist() for name in signals}
     converged = fitted.converged.tolist()
     return [
         FrameFit(
             frame_id=frame_id,
-            shown=tuple(name for name in signals if present[name][row]),
+            shown=tuple(name for name, frames in shown.items() if frames[row]),
             iterations=int(fitted.iterations[row]),
             stopped=fitted.stopped[row],
             converged=converged[row],
