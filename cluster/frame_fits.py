@@ -22,7 +22,6 @@ from lipflow.config import FitConfig, RenderConfig, StrictConfig
 from lipflow.fitting import FitResult, fit, fit_sequence, posterior, vertex_std_mm
 from lipflow.model.avatar import Avatar
 from lipflow.render.renderer import Renderer
-from lipflow.types import DrivingSignals
 from pipeline import storage
 from pipeline.loading.loader import ShardSet
 

@@ -54,7 +54,7 @@ SMALL = AvatarConfig.small(
     decoder_channels=(6, 5, 4),
     driver_image_size=16,
     driver_channels=(5, 4),
-    driver_hidden_size=10,
+    driver_hidden_size=12,
     flow_hidden_size=8,
 )
 FIT = FitConfig(iterations=4, optimizer="lbfgs")

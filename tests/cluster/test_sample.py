@@ -57,7 +57,7 @@ TINY = {
     "decoder_channels": (6, 5, 4),
     "driver_image_size": 16,
     "driver_channels": (5, 4),
-    "driver_hidden_size": 10,
+    "driver_hidden_size": 12,
     "flow_hidden_size": 8,
 }
 
