@@ -20,7 +20,7 @@ from fnmatch import fnmatchcase
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 import numpy as np
 import typer
@@ -35,7 +35,7 @@ from cluster.registry import download_model
 from cluster.runtime import map_tasks, ray_cluster
 from cluster.tracking import TrackingConfig, initialise, tracked_run
 from lipflow.checkpoint import load_avatar
-from lipflow.config import Signal, StrictConfig
+from lipflow.config import StrictConfig
 from lipflow.errors import ConfigError
 from lipflow.model.avatar import Avatar
 from pipeline import storage
@@ -242,7 +242,7 @@ def _checked_signals(avatar: Avatar, shards: ShardSet, signals: Sequence[str]) -
     lacking = [signal for signal in signals if signal not in possible]
     if lacking:
         raise ConfigError(f"--signal {lacking[0]}: the avatar cannot be driven by it, but by {', '.join(possible)}")
-    return tuple(signal for signal in get_args(Signal) if signal in signals)
+    return tuple(dict.fromkeys(signals))
 
 
 def fit_command(

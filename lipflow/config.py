@@ -231,13 +231,16 @@ class FitConfig(StrictConfig):
         optimizer: ``adam``, or ``lbfgs`` with a line search, in each frame by itself.
         space: coordinates that the optimiser moves in: ``z``, or ``y = f(z)``, in which the driven prior is a
             Gaussian. What is sought, and the objective, are the same.
+        density: whose prior density counts: of ``y``, which is highest at the driver's own answer, where the fit
+            starts, so that a larger ``prior_weight`` always leads back there; or of ``z``, with the flow's
+            log-determinant, which may be highest elsewhere.
         iterations: renderings after that of the start: steps of Adam, or trials of L-BFGS's line search.
         learning_rate: of Adam; the RMS over the coordinates of L-BFGS's very first step.
         history: pairs of steps and gradient changes that L-BFGS keeps.
         patience: iterations over which a frame's progress is judged; None: no frame stops before ``iterations``.
         tolerance: a frame stops when the last ``patience`` iterations brought at most this share of all that its fit
             has gained.
-        prior_weight: lambda, of -log p(z | h) per latent dimension.
+        prior_weight: lambda, of the negative log density per latent dimension.
         temporal_weight: of half the squared distance from the previous frame's answer per latent dimension, where a
             sequence is fitted (:func:`lipflow.fitting.fit_sequence`).
         headset_cutoff: error of a headset pixel, in standard deviations of its view, beyond which it counts as hidden
@@ -248,8 +251,9 @@ class FitConfig(StrictConfig):
         antialias: renderings are blended across silhouettes, whose place then has a gradient too.
     """
 
-    optimizer: Literal["adam", "lbfgs"] = "adam"
+    optimizer: Literal["adam", "lbfgs"] = "lbfgs"
     space: Literal["z", "y"] = "z"
+    density: Literal["y", "z"] = "y"
     iterations: int = Field(20, ge=0)
     learning_rate: float = Field(0.05, gt=0)
     history: int = Field(10, ge=1)

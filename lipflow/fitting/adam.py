@@ -27,15 +27,12 @@ class BatchedAdam:
         Args:
             value: ``(B,)`` of the objective at the point.
             gradient: ``(B, D)`` there.
-            moving: ``(B,)`` bool; rows of other frames are ignored and stay.
+            moving: ``(B,)`` bool; what is told of other frames is ignored, and so should be their points.
 
         Returns:
             ``(B,)`` bool: frames that cannot get any further; Adam always can.
         """
         del value
         self.point.grad = torch.where(moving[:, None], gradient, 0.0)
-        before = self.point.detach().clone()
         self._optimizer.step()
-        with torch.no_grad():
-            self.point.copy_(torch.where(moving[:, None], self.point, before))
         return torch.zeros_like(moving)

@@ -21,9 +21,10 @@ from lipflow.types import DrivingSignals, map_tensors
 class FitObjective:
     """The objective of B frames::
 
-        L_obs(D(z), o) - prior_weight / D log p(z | h) + temporal_weight / 2D |z - previous|^2
+        L_obs(D(z), o) - prior_weight / D log p + temporal_weight / 2D |z - previous|^2
 
-    It is the same whether the optimiser moves z or y: the density is that of z.
+    where p is P(y | h) at y = f(z), or with ``config.density = "z"`` the density p(z | h) = P(f(z) | h) |det df/dz|.
+    It is the same whether the optimiser moves z or y.
 
     Attributes:
         avatar: trained.
@@ -64,7 +65,11 @@ class FitObjective:
         """Objective and L_obs at ``z (B, D)``, ``(B,)`` each."""
         size = z.shape[-1]
         observed = self.observed(z)
-        objective = observed - self.config.prior_weight / size * self.avatar.log_prior(z, self.prior)
+        y, log_det = self.avatar.driven_from_latent(z, self.prior)
+        log_density = self.prior.log_prob(y)
+        if self.config.density == "z":
+            log_density = log_density + log_det
+        objective = observed - self.config.prior_weight / size * log_density
         if self.previous is not None:
             distance = (z - self.previous).square().sum(-1)
             objective = objective + self.config.temporal_weight / (2 * size) * distance

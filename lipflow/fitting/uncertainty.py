@@ -1,6 +1,6 @@
 """How sure a fitted code is: the Laplace approximation around it.
 
-The fit's objective, times D / prior_weight, is an energy -log p(z | h, o) up to a constant. In the coordinates
+The fit's objective, times D / prior_weight, is an energy -log p(y | h, o) up to a constant. In the coordinates
 
     u = (f(z) - mean of P(y | h)) / its std
 

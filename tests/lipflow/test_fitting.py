@@ -24,6 +24,13 @@ def select(driving: DrivingSignals, rows: slice) -> DrivingSignals:
     return map_tensors(driving, lambda tensor: tensor[rows])
 
 
+def bend(avatar) -> None:
+    """Give an untrained flow a shape: it starts next to the identity."""
+    generator = torch.Generator().manual_seed(2)
+    for parameter in avatar.flow.parameters():
+        parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+
+
 @pytest.mark.parametrize("method", ["dam", "conditional", "lipflow", "flow-gaussian"])
 @pytest.mark.parametrize("signal", ["hmc", "frontal", "keypoints"])
 def test_fit_lowers_the_objective_of_every_frame(make_avatar, renderer, frames, method, signal):
@@ -213,21 +220,49 @@ def test_antialiased_renderings_find_the_geometry_of_antialiased_photos(make_ava
     assert distance[True] < 0.3
 
 
-@pytest.mark.parametrize("signal", ["hmc", "keypoints"])
-def test_the_objective_is_the_same_in_y_as_in_z(make_avatar, renderer, frames, signal):
-    """The flow's log-determinant counts in both: what is sought does not depend on the optimiser's coordinates."""
+@pytest.mark.parametrize(("signal", "density"), [("hmc", "y"), ("keypoints", "y"), ("keypoints", "z")])
+def test_the_objective_is_the_same_in_y_as_in_z(make_avatar, renderer, frames, signal, density):
+    """What is sought does not depend on the optimiser's coordinates, whichever density counts."""
     avatar = make_avatar()
-    for parameter in avatar.flow.parameters():
-        parameter.data += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
+    bend(avatar)
     observe(avatar, renderer, frames.driving)
-    config = FitConfig(iterations=6, space="y", optimizer="lbfgs")
+    config = FitConfig(iterations=6, space="y", density=density)
     found = fit(avatar, renderer, frames.driving, signal, config, record=(0, 6))
-    again = fit(avatar, renderer, frames.driving, signal, FitConfig(iterations=0), start=found.z)
+    again = fit(avatar, renderer, frames.driving, signal, FitConfig(iterations=0, density=density), start=found.z)
     # The same z, evaluated by the same steps; measured, no bit differs.
     torch.testing.assert_close(found.objective, again.objective, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found.observed, again.observed, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found.recorded[0], found.start, atol=1e-5, rtol=0)
     assert torch.equal(found.recorded[6], found.z)
+
+
+def test_the_prior_counts_by_the_density_of_y_or_of_z(make_avatar, renderer, frames):
+    avatar = make_avatar()
+    bend(avatar)
+    z = torch.randn(3, 6, generator=torch.Generator().manual_seed(9))
+    prior = avatar.prior("keypoints", frames.driving)
+    y, log_det = avatar.driven_from_latent(z, prior)
+    assert log_det.abs().min() > 0.01
+    for density, expected in (("y", prior.log_prob(y)), ("z", avatar.log_prior(z, prior))):
+        config = FitConfig(iterations=0, density=density)
+        found = fit(avatar, renderer, frames.driving, "keypoints", config, start=z)
+        torch.testing.assert_close(found.objective - found.observed, -0.3 / 6 * expected.detach())
+
+
+@pytest.mark.parametrize("signal", ["hmc", "frontal", "keypoints"])
+def test_a_heavy_prior_leads_back_to_the_drivers_own_answer(make_avatar, renderer, frames, signal):
+    avatar = make_avatar()
+    bend(avatar)
+    observe(avatar, renderer, frames.driving)
+
+    def moved(**settings) -> torch.Tensor:
+        found = fit(avatar, renderer, frames.driving, signal, FitConfig(iterations=15, **settings))
+        return (found.z - found.start).norm(dim=-1)
+
+    light, heavy = moved(prior_weight=0.03), moved(prior_weight=3e4)
+    # Measured: at most 3e-4 of the light prior's way; under the density of z, whose mode is elsewhere, at least 0.19.
+    assert (heavy < 0.01 * light).all()
+    assert (moved(prior_weight=3e4, density="z") > 0.1 * light).all()
 
 
 def test_without_a_flow_both_spaces_are_one(make_avatar, renderer, frames):
