@@ -165,7 +165,7 @@ def decode_any_image(body: bytes, name: str, mode: ImageMode = "RGB") -> np.ndar
 def _opened(
     body: bytes, name: str, mode: ImageMode, formats: tuple[str, ...], expected_hw: tuple[int, ...] | None = None
 ) -> Iterator[Image.Image]:
-    """The image, decoded and in ``mode``; errors are translated. One of another size than the expected is not decoded."""
+    """The image, decoded and in ``mode``; errors are translated. One of another size than expected is not decoded."""
     _check_png(body, name)
     try:
         with Image.open(io.BytesIO(body), formats=formats) as image:
