@@ -20,8 +20,8 @@ import zstandard
 from PIL import Image, UnidentifiedImageError, features
 
 from lipflow.errors import ConfigError, LipflowError
+from pipeline.images.in_place import DamagedImageError, decode_in_place
 from pipeline.images.jpeg import JpegFormatError, decode_jpeg, jpeg_size_hw
-from pipeline.images.packed_pixels import drop_fourth, packed_pixels, split_planes
 from pipeline.images.planar import PlanarFormatError, PlanarTooLargeError, decode_planar, encode_planar, planar_size_chw
 
 ImageCodec = Literal["png", "webp", "jpeg", "avif", "planar"]
@@ -111,33 +111,43 @@ def decode_image_into(body: bytes | memoryview, name: str, target: np.ndarray, *
     Raises:
         CodecError: as for :func:`decode_image`, or the image is not of the target's size.
     """
-    rows = slice(None, None, -1 if bottom_up else None)
     interleaved = target.transpose(1, 2, 0)
-    mode: ImageMode = "L" if len(target) == 1 else "RGB"
+    channels = len(target)
     if _has_extension(name, "planar"):
-        channels, height, width = _planar_size_chw(body, name)
-        _check_size((height, width), target, name)
-        if channels == len(target) and target.flags.c_contiguous:
+        stored_channels, height, width = _planar_size_chw(body, name)
+        _check_size((height, width), target.shape[1:], name)
+        if stored_channels == channels and target.flags.c_contiguous:
             _decode_planar(body, name, target, bottom_up=bottom_up)
-        else:
-            interleaved[...] = np.atleast_3d(decode_image(bytes(body), name, mode))[rows]
+            return
+    if interleaved.flags.c_contiguous and not bottom_up:
+        _decode_pixels(body, name, interleaved)
+        return
+    pixels = np.empty(interleaved.shape, np.uint8)
+    _decode_pixels(body, name, pixels)
+    for channel in range(channels):
+        target[channel] = pixels[:: -1 if bottom_up else 1, :, channel]
+
+
+def _decode_pixels(body: bytes | memoryview, name: str, pixels: np.ndarray) -> None:
+    """Decode an image of the size of ``pixels (H, W, 3)`` or, for grey, ``(H, W, 1)``, C-contiguous."""
+    mode: ImageMode = "L" if pixels.shape[2] == 1 else "RGB"
+    if _has_extension(name, "planar"):
+        pixels[...] = np.atleast_3d(decode_image(bytes(body), name, mode))
         return
     if _has_extension(name, "jpeg") and mode == "RGB":
-        _check_size(_jpeg_size_hw(body, name), target, name)
-        in_place = interleaved.flags.c_contiguous and not bottom_up
-        pixels = interleaved if in_place else np.empty(interleaved.shape, np.uint8)
+        _check_size(_jpeg_size_hw(body, name), pixels.shape[:2], name)
         with _jpeg_errors_named(name):
             decode_jpeg(body, pixels)
-        if not in_place:
-            interleaved[...] = pixels[rows]
         return
-    with _opened(bytes(body), name, mode, (_format_of(name),), target) as image:
-        if mode == "L":
-            target[0] = np.asarray(image)[rows]
-        elif target.flags.c_contiguous:
-            split_planes(packed_pixels(image), target, bottom_up)
-        else:
-            drop_fourth(packed_pixels(image)[rows].view(np.uint8), interleaved.reshape(len(interleaved), -1))
+    file_format = _format_of(name)
+    _check_png(body, name)
+    try:
+        if decode_in_place(body, file_format, pixels):
+            return
+    except DamagedImageError as error:
+        raise UnreadableImageError(f"{name}: not a whole {file_format} image ({error})") from error
+    with _opened(bytes(body), name, mode, (file_format,), pixels.shape[:2]) as image:
+        pixels[...] = np.atleast_3d(np.asarray(image))
 
 
 def is_interleaved(codec: str) -> bool:
@@ -153,13 +163,10 @@ def decode_any_image(body: bytes, name: str, mode: ImageMode = "RGB") -> np.ndar
 
 @contextmanager
 def _opened(
-    body: bytes, name: str, mode: ImageMode, formats: tuple[str, ...], target: np.ndarray | None = None
+    body: bytes, name: str, mode: ImageMode, formats: tuple[str, ...], expected_hw: tuple[int, ...] | None = None
 ) -> Iterator[Image.Image]:
-    """The image, decoded and in ``mode``; errors are translated. One of another size than a target's is not decoded."""
-    if body.startswith(_PNG_START) and _PNG_END not in body[-_PNG_MAX_TRAILER_BYTES:]:
-        raise TruncatedImageError(f"{name}: a PNG without its end: it is truncated; fetch it again")
-    if body.startswith(_PNG_START):
-        _check_png_chunks(body, name)
+    """The image, decoded and in ``mode``; errors are translated. One of another size than expected is not decoded."""
+    _check_png(body, name)
     try:
         with Image.open(io.BytesIO(body), formats=formats) as image:
             width, height = image.size
@@ -167,8 +174,8 @@ def _opened(
                 raise ImageBombError(f"{name}: {width}x{height} pixels, at most {MAX_IMAGE_PIXELS} are decoded")
             if image.mode not in _DECODABLE_MODES:
                 raise UnreadableImageError(f"{name}: pixel format {image.mode}, expected 8-bit RGB or grey")
-            if target is not None:
-                _check_size((height, width), target, name)
+            if expected_hw is not None:
+                _check_size((height, width), expected_hw, name)
             image.load()
             # convert() copies even where there is nothing to convert
             yield image if image.mode == mode else image.convert(mode)
@@ -226,14 +233,21 @@ def _format_of(name: str) -> str:
     return expected
 
 
-def _check_size(size_hw: tuple[int, int], target: np.ndarray, name: str) -> None:
-    if size_hw != target.shape[1:]:
-        raise CodecError(f"{name}: {size_hw[0]} x {size_hw[1]} pixels, expected {target.shape[1]} x {target.shape[2]}")
+def _check_size(size_hw: tuple[int, int], expected_hw: tuple[int, ...], name: str) -> None:
+    if size_hw != expected_hw:
+        raise CodecError(f"{name}: {size_hw[0]} x {size_hw[1]} pixels, expected {expected_hw[0]} x {expected_hw[1]}")
 
 
-def _check_png_chunks(body: bytes, name: str) -> None:
-    """Compare the checksums of the pixel data, which Pillow does not: flipped bits would decode to other pixels."""
+def _check_png(body: bytes | memoryview, name: str) -> None:
+    """Look for the end of a PNG and compare the checksums of all chunks; of other formats, nothing.
+
+    Pillow does not compare those of pixels, and flipped bits would decode to others; libpng prints what is wrong.
+    """
     view, offset = memoryview(body), len(_PNG_START)
+    if view[:offset] != _PNG_START:
+        return
+    if _PNG_END not in bytes(view[-_PNG_MAX_TRAILER_BYTES:]):
+        raise TruncatedImageError(f"{name}: a PNG without its end: it is truncated; fetch it again")
     while offset + 12 <= len(body):
         end = offset + 8 + int.from_bytes(view[offset : offset + 4], "big")
         if int.from_bytes(view[end : end + 4], "big") != zlib.crc32(view[offset + 4 : end]):

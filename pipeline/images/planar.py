@@ -174,6 +174,9 @@ def _stride(width: int) -> int:
 def _sums(rows: np.ndarray, words: np.ndarray, target: np.ndarray, bottom_up: bool) -> None:
     """Sum residuals ``rows (C, H, stride)`` along x and y into the planes of ``target (C, H, W)``.
 
+    All planes of a row in turn: what is added to red and blue, the green of that row, is still in the cache, and
+    ``target`` is never read.
+
     Args:
         rows: in file order; they are overwritten.
         words: the same memory, ``(C, H, stride / 8)``: eight pixels a word, the leftmost in its lowest byte.
@@ -184,25 +187,24 @@ def _sums(rows: np.ndarray, words: np.ndarray, target: np.ndarray, bottom_up: bo
     first = target[channels // 2]
     top, down = (height - 1, -1) if bottom_up else (0, 1)
     for y in range(height):
-        _sum_along_x(words[0, y])
-        row, out = rows[0, y], first[top + down * y]
-        if y == 0:
-            out[:] = row[:width]
-        else:
-            above = first[top + down * (y - 1)]
-            for x in range(width):
-                out[x] = row[x] + above[x]
-    for channel in range(1, channels):
-        plane = target[2 * channel - 2]
-        for y in range(height):
-            _sum_along_x(words[channel, y])
-            row, green, out = rows[channel, y], first[top + down * y], plane[top + down * y]
-            if y > 0:
-                above = rows[channel, y - 1]
-                for x in range(len(row)):
-                    row[x] += above[x]
+        _sum_rows(words[0, y], rows[0, y], rows[0, max(y, 1) - 1], y > 0)
+        green, out = rows[0, y], first[top + down * y]
+        for x in range(width):
+            out[x] = green[x]
+        for channel in range(1, channels):
+            _sum_rows(words[channel, y], rows[channel, y], rows[channel, max(y, 1) - 1], y > 0)
+            row, out = rows[channel, y], target[2 * channel - 2][top + down * y]
             for x in range(width):
                 out[x] = row[x] + green[x]
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _sum_rows(words: np.ndarray, row: np.ndarray, above: np.ndarray, add_above: bool) -> None:
+    """Running sums of a row along x, in place, and with the row above along y."""
+    _sum_along_x(words)
+    if add_above:
+        for x in range(len(row)):
+            row[x] += above[x]
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")

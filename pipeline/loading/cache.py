@@ -105,12 +105,17 @@ class ShardCache:
                 return path
             if not there:
                 self._fetch(shard, path)
-            self._check(shard, path)
+            if there or self._check_when == "size":
+                self._check(shard, path)
             self._checked.add(shard.sha256)
             return path
 
     def _fetch(self, shard: ShardRecord, path: Path) -> None:
-        """Copy a shard, after what other threads are copying if there is no room for both."""
+        """Copy a shard, after what other threads are copying if there is no room for both.
+
+        If digests are compared, that of the copy is before it can be seen; it is taken while the bytes come.
+        """
+        uri = storage.join(self._shards_uri, shard.name)
         with self._room:
             self._room.wait_for(
                 lambda: not self._arriving or sum(self._arriving.values()) + shard.size_bytes <= self._max_bytes
@@ -118,9 +123,11 @@ class ShardCache:
             self._arriving[shard.sha256] = shard.size_bytes
             self._make_room(sum(self._arriving.values()))
         try:
-            storage.download(storage.join(self._shards_uri, shard.name), path)
+            storage.download(uri, path, sha256=None if self._check_when == "size" else shard.sha256)
         except storage.ObjectNotFoundError as error:
             raise ShardSetError(f"{error}; the manifest lists it, shard the capture again") from error
+        except storage.OtherBytesError as error:
+            raise _damaged(uri, "its bytes", shard) from error
         finally:
             with self._room:
                 del self._arriving[shard.sha256]
@@ -141,10 +148,7 @@ class ShardCache:
             return
         if not self._local:
             path.unlink(missing_ok=True)
-        raise ShardSetError(
-            f"{uri}: {size} bytes that do not match the manifest (size {shard.size_bytes}, SHA-256"
-            f" {shard.sha256[:12]}...); the shard is damaged, shard the capture again"
-        )
+        raise _damaged(uri, f"its {size} bytes", shard)
 
     def _make_room(self, needed_bytes: int) -> None:
         """Remove the copies used longest ago until the new one fits; others may be removing them as well."""
@@ -167,6 +171,13 @@ class ShardCache:
     def _lock(self, key: str) -> threading.Lock:
         with self._locks_guard:
             return self._locks[key]
+
+
+def _damaged(uri: str, found: str, shard: ShardRecord) -> ShardSetError:
+    return ShardSetError(
+        f"{uri}: {found} do not match the manifest (size {shard.size_bytes}, SHA-256 {shard.sha256[:12]}...);"
+        " the shard is damaged, shard the capture again"
+    )
 
 
 def _touch(path: Path) -> bool:

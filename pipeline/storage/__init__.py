@@ -40,6 +40,10 @@ class ObjectNotFoundError(StorageError):
     """The object or folder that should be read is not there."""
 
 
+class OtherBytesError(StorageError):
+    """An object that is not the one whose digest the caller knows."""
+
+
 def read_bytes(uri: str | Path) -> bytes:
     """The whole object.
 
@@ -190,11 +194,18 @@ def size_bytes(uri: str | Path) -> int:
 
 def sha256_hex(uri: str | Path) -> str:
     """The SHA-256 of an object, read in pieces."""
+    if is_local(uri):
+        return _guarded(uri, "read", lambda: _file_sha256_hex(local_path(uri)))
     digest = hashlib.sha256()
     total = size_bytes(uri)
     for offset in range(0, total, _CHUNK_BYTES):
         digest.update(read_range(uri, offset, min(_CHUNK_BYTES, total - offset)))
     return digest.hexdigest()
+
+
+def _file_sha256_hex(path: Path) -> str:
+    with path.open("rb", buffering=0) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def delete(uri: str | Path) -> None:
@@ -228,11 +239,17 @@ def delete_dir(uri: str | Path) -> None:
         return
 
 
-def download(uri: str | Path, target: str | Path) -> None:
+def download(uri: str | Path, target: str | Path, *, sha256: str | None = None) -> None:
     """Copy an object to a local file, which appears whole or not at all.
+
+    Args:
+        uri: of the object.
+        target: the file.
+        sha256: what the digest of the copy has to be, in hex; compared before the file appears. None: anything.
 
     Raises:
         ObjectNotFoundError: it is not there.
+        OtherBytesError: it has another digest.
         StorageError: it cannot be read, or the target cannot be written.
     """
     final = local_path(target)
@@ -249,9 +266,14 @@ def download(uri: str | Path, target: str | Path) -> None:
         try:
             if is_local(uri):
                 _guarded(uri, "read", copy)
+                found = None if sha256 is None else _file_sha256_hex(partial)
             else:
+                digest = None if sha256 is None else hashlib.sha256()
                 with _translated(uri, "read"):
-                    fetch_to_file(_s3_path(uri), partial)
+                    fetch_to_file(_s3_path(uri), partial, digest)
+                found = None if digest is None else digest.hexdigest()
+            if found != sha256:
+                raise OtherBytesError(f"{normalize_uri(uri)}: SHA-256 {found}, expected {sha256}; write it again")
             os.replace(partial, final)
         finally:
             partial.unlink(missing_ok=True)
@@ -341,6 +363,7 @@ def _is_partial(name: str) -> bool:
 
 __all__ = [
     "ObjectNotFoundError",
+    "OtherBytesError",
     "check_writable",
     "delete",
     "delete_dir",

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 import simplejpeg
 import torch
@@ -110,8 +111,8 @@ def _call_shared(start: int, step: int) -> int:
 def decode_in_place(name: str, body: bytes) -> None:
     """The codec's own work and nothing else; the limit of all that uses it.
 
-    Pillow's pixels stay in its memory, in its layout; those of jpeg (as they come, interleaved) and planar go to memory
-    that is there already. Copies to fresh arrays would make the limit slower, and by how much is up to the allocator.
+    Pixels go to memory that is there already, one picture's for all of a kind: those of planar by planes, the others as
+    they come, interleaved. Fresh arrays would make the limit slower, and by how much is up to the allocator.
     """
     if name.endswith(".plz"):
         shape = planar_size_chw(body, _MAX_PIXELS)
@@ -124,10 +125,14 @@ def decode_in_place(name: str, body: bytes) -> None:
             _planes[size_hw] = np.empty((*size_hw, 3), np.uint8)
         simplejpeg.decode_jpeg(body, "RGB", buffer=_planes[size_hw])
     else:
-        Image.open(io.BytesIO(body)).load()
+        decode = imagecodecs.png_decode if name.endswith(".png") else imagecodecs.webp_decode
+        kind = (".image." in name, name[-4:])
+        if kind not in _planes:
+            _planes[kind] = decode(body)
+        decode(body, out=_planes[kind])
 
 
-_planes: dict[tuple[int, ...], np.ndarray] = {}
+_planes: dict[tuple, np.ndarray] = {}
 
 
 def decode_to_array(name: str, body: bytes) -> np.ndarray:

@@ -50,7 +50,7 @@ def facts_table(options: Options) -> Table:
         platform.machine(),
     )
     query = "import importlib.metadata as m; print(*(f'{n} {m.version(n)}' for n in %r), sep=', ')"
-    versions = {sys.executable: ("torch", "numpy", "pillow", "simplejpeg", "zstandard", "webdataset")}
+    versions = {sys.executable: ("torch", "numpy", "pillow", "simplejpeg", "imagecodecs", "zstandard", "webdataset")}
     if options.peer_python is not None:
         versions[options.peer_python] = ("torch", "torchvision", "numpy", "pillow", "mosaicml-streaming", "litdata")
     found = []
@@ -76,8 +76,9 @@ def facts_table(options: Options) -> Table:
 def decode_table(options: Options, groups: list[Group]) -> Table:
     """The bare codecs on single pictures, on one core.
 
-    ``limit`` is the codec alone, whose pixels stay where it puts them; ``array`` is ``numpy.asarray`` of them, in fresh
-    memory; ``ours`` is the loader's own function, checks and layout included, into memory that is there already.
+    ``limit`` is the codec alone; ``array`` is what a plain script does, ``numpy.asarray`` of Pillow's image, or the
+    planar decoder into fresh memory; ``ours`` is the loader's own function, checks and layout included, into memory
+    that is there already.
     """
     table = Table(title="decoding one picture on one core, ms of CPU time")
     for column in ("picture", "MB", "limit", "array", "ours"):

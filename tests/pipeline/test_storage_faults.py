@@ -133,7 +133,7 @@ def test_each_fault_alone_is_survived_by_large_objects(
     uri, body = s3_server.uri("large", fault.replace(" ", "-")), random.Random(3).randbytes(34 * 2**20)
     with storage.open_for_writing(uri) as stream:
         stream.write(body)
-    storage.download(uri, tmp_path / "copy")
+    storage.download(uri, tmp_path / "copy", sha256=hashlib.sha256(body).hexdigest())
     assert (tmp_path / "copy").read_bytes() == body
     with storage.open_for_reading(uri) as stream:
         assert stream.read(5) == body[:5]
