@@ -12,32 +12,28 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 from pydantic import Field
 
 from cluster import command
 from cluster.command import JsonOption, RecipeOption, SetOption
 from cluster.evaluation import png_bytes
-from cluster.pictures import contact_sheet, expose, heat_over_face, suggested_exposure
 from cluster.recipe import load_recipe
 from cluster.registry import download_model
 from cluster.runtime import map_tasks, ray_cluster
 from cluster.sample_tasks import (
     NO_SIGNAL,
-    ComparedSet,
     MetricsResult,
-    OpenSpread,
     SpreadResult,
     compare_sets,
     draw_faces,
     open_spread,
 )
+from cluster.samples import Samples, random_sheet, spread_sheet, summarised
 from cluster.scoring import picture_camera
 from cluster.tracking import TrackingConfig, initialise, tracked_run
 from lipflow.checkpoint import load_avatar
@@ -49,7 +45,6 @@ from pipeline.loading.loader import ShardSet
 from pipeline.sharding.splits import spread
 
 SAMPLES_FILE = "samples.json"
-FIGURES = ("frechet_mm2", "precision", "recall", "diversity_mm")
 
 
 class SampleRecipe(StrictConfig):
@@ -84,76 +79,6 @@ class SampleRecipe(StrictConfig):
     columns: int = Field(6, ge=4)
     render: RenderConfig = RenderConfig()
     tracking: TrackingConfig = TrackingConfig()
-
-
-@dataclass(frozen=True)
-class Repeated:
-    """A figure over seeds.
-
-    Attributes:
-        mean: over them.
-        std: standard deviation of one seed's figure; None of a single one. It holds what drawing other faces changes,
-            not what training another avatar would.
-    """
-
-    mean: float
-    std: float | None
-
-
-@dataclass(frozen=True)
-class SampleRow:
-    """One set of meshes against real ones; the figures are those of :class:`cluster.sample_tasks.DrawFigures`.
-
-    Attributes:
-        meshes: ``random``, ``reconstructed`` or ``real``.
-        against: ``train`` or ``test`` meshes.
-        count: on both sides; figures of different counts cannot be compared.
-        repeats: sets.
-    """
-
-    meshes: str
-    against: str
-    count: int
-    repeats: int
-    frechet_mm2: Repeated
-    precision: Repeated
-    recall: Repeated
-    diversity_mm: Repeated
-
-
-@dataclass(frozen=True)
-class Samples:
-    """What a sampling came to.
-
-    Attributes:
-        method: the avatar's.
-        rows: of the figures.
-        components: of the mesh-PCA space.
-        explained: share of the training meshes' variance that they hold.
-        spreads: what signals leave open.
-        camera: that the pictures show.
-        run_id: the MLflow run.
-        shards_digest: of the shard set.
-    """
-
-    method: str
-    rows: tuple[SampleRow, ...]
-    components: int
-    explained: float
-    spreads: tuple[OpenSpread, ...]
-    camera: str
-    run_id: str
-    shards_digest: str
-
-    def metrics(self) -> dict[str, float]:
-        """Flat metrics for MLflow."""
-        flat = {
-            f"{row.meshes}.{row.against}.{figure}": getattr(row, figure).mean for row in self.rows for figure in FIGURES
-        }
-        for signal in dict.fromkeys(row.signal for row in self.spreads):
-            of_signal = [row.spread_mm for row in self.spreads if row.signal == signal]
-            flat[f"spread.{signal.replace(' ', '-')}.mm"] = sum(of_signal) / len(of_signal)
-        return flat
 
 
 def sample(model: str, shards_uri: str, out_uri: str, recipe: SampleRecipe) -> Samples:
@@ -236,47 +161,6 @@ def sample(model: str, shards_uri: str, out_uri: str, recipe: SampleRecipe) -> S
         storage.write_bytes(storage.join(out_uri, "pictures", f"{name}.png"), png_bytes(picture))
     storage.write_bytes(storage.join(out_uri, SAMPLES_FILE), json.dumps(asdict(samples)).encode())
     return samples
-
-
-def summarised(compared: ComparedSet) -> SampleRow:
-    """Means and standard deviations over the seeds of one comparison."""
-    columns = {figure: np.array([getattr(found, figure) for found in compared.figures]) for figure in FIGURES}
-    repeats = len(compared.figures)
-    figures = {
-        name: Repeated(float(values.mean()), float(values.std(ddof=1)) if repeats > 1 else None)
-        for name, values in columns.items()
-    }
-    return SampleRow(compared.meshes, compared.against, compared.count, repeats, **figures)
-
-
-def random_sheet(photos: Sequence[np.ndarray], faces: Sequence[np.ndarray], columns: int, method: str) -> np.ndarray:
-    """Photos of training frames in the first row, random faces below, ``columns`` a row."""
-    exposure = suggested_exposure([*photos, *faces])
-    rows = [list(photos)] if photos else []
-    labels = ["training\nphotos"] if photos else []
-    for first in range(0, len(faces), columns):
-        rows.append(list(faces[first : first + columns]))
-        labels.append("random")
-    rows = [[expose(image, exposure) for image in row] for row in rows]
-    title = f"{method}: random faces"
-    return contact_sheet(rows, column_labels=(), row_labels=labels, title=title, colour_bar=False)
-
-
-def spread_sheet(results: Sequence[SpreadResult], method: str) -> np.ndarray:
-    """One row for each frame and signal: photo, the prior's mean, draws, and the spread as a heat map."""
-    seen = [result.heat_mm[result.mask] for result in results if result.mask.any()]
-    # Rounded up to a tenth, so that the label is exact; the few vertices beyond are as bright as that.
-    largest = max((float(np.quantile(heat, 0.99)) for heat in seen), default=0.0)
-    full_scale = max(0.1, np.ceil(10 * largest) / 10)
-    exposure = suggested_exposure([picture for result in results for picture in (result.photo, result.start)])
-    rows, labels = [], []
-    for result in results:
-        heat = heat_over_face(result.heat_mm, result.start, result.mask, full_scale)
-        rows.append([*(expose(picture, exposure) for picture in (result.photo, result.start, *result.drawn)), heat])
-        labels.append(f"{result.row.signal}\n{result.row.frame_id.replace('/', chr(10))}")
-    drawn = ["drawn"] * len(results[0].drawn)
-    columns = ["photo", "mean", *drawn, f"std, 0 to {full_scale:.1f} mm"]
-    return contact_sheet(rows, column_labels=columns, row_labels=labels, title=f"{method}: what signals leave open")
 
 
 def _run_task(function: Any, arguments: tuple) -> Any:

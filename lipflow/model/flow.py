@@ -27,7 +27,7 @@ _START_SCALE = 0.01
 """Of the coupling networks' last layers: f starts near the identity, with gradients in every weight."""
 
 _LOG_STD_SCALE = 3.0
-"""Half the usual spread of a driver's log std, which lies in [-6, 3]."""
+"""Brings a driver's log std, which lies in [-6, 3], to [-2, 1]."""
 
 # zuko bounds |log scale| softly by |log slope|: here by 1, so that four steps can neither explode nor collapse.
 _BoundedAffine = partial(MonotonicAffineTransform, slope=math.exp(-1))

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from cluster import cli
 from cluster.pictures import heat_map, heat_over_face
-from cluster.sample import SampleRecipe, random_sheet, sample, spread_sheet, summarised
+from cluster.sample import SampleRecipe, sample
 from cluster.sample_tasks import (
     NO_SIGNAL,
     ComparedSet,
@@ -25,6 +25,7 @@ from cluster.sample_tasks import (
     compare_sets,
     open_spread,
 )
+from cluster.samples import random_sheet, spread_sheet, summarised
 from cluster.tracking import TrackingConfig, open_client
 from cluster.training_loop import context_of
 from lipflow.checkpoint import load_avatar, save_avatar
