@@ -85,14 +85,17 @@ def _apply_override(settings: dict, override: str) -> None:
 def _explain(error: ValidationError, config_class: type[BaseModel]) -> str:
     problems = []
     for item in error.errors():
-        path = ".".join(str(part) for part in item["loc"]) or "(recipe)"
+        path = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
             known = _known_keys(config_class, item["loc"][:-1])
             close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
             problems.append(f"unknown key {path!r}; {hint}")
         else:
-            problems.append(f"{path}: {item['msg']}, found {item['input']!r}")
+            message = item["msg"].removeprefix("Value error, ")
+            # A group as a whole is no answer to what was found: its message says which of its settings are meant.
+            found = "" if isinstance(item["input"], dict) else f", found {item['input']!r}"
+            problems.append(f"{path}: {message}{found}" if path else message)
     return "; ".join(problems)
 
 

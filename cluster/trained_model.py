@@ -85,4 +85,6 @@ def resolved(recipe: TrainRecipe, model: TrainedModel | None, shards: ShardSet) 
     try:
         return TrainRecipe.model_validate(recipe.model_dump() | {"avatar": config.model_dump()})
     except ValidationError as error:
-        raise ConfigError(f"with model {recipe.model}: {error.errors(include_url=False)[0]['msg']}") from error
+        raise ConfigError(
+            f"with model {recipe.model}: {error.errors()[0]['msg'].removeprefix('Value error, ')}"
+        ) from error

@@ -141,7 +141,7 @@ def driver_loss(
     """The loss of drivers that are added to a trained avatar, all the rest of which is frozen.
 
     The latent, prior and reverse terms of :func:`training_loss`, over these signals alone: what does not depend on
-    their drivers is not computed. The arguments and errors are those of :func:`training_loss`.
+    their drivers is not computed.
 
     Args:
         avatar: of any method with drivers.

@@ -49,8 +49,8 @@ def config_with_drivers(
     try:
         return AvatarConfig.model_validate(config.model_dump() | changes)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise ConfigError(f"the trained avatar cannot be given drivers of {list(signals)}: {first['msg']}") from error
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"the trained avatar cannot be given drivers of {list(signals)}: {reason}") from error
 
 
 def with_drivers(avatar: Avatar, config: AvatarConfig, capture: AvatarContext) -> Avatar:

@@ -1,7 +1,7 @@
 """Recipes are typed, strict, and say what is wrong with them."""
 
 import pytest
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cluster.recipe import dump_recipe, load_recipe
 from lipflow.config import StrictConfig
@@ -39,6 +39,30 @@ def test_written_recipe_reads_back_equal(tmp_path):
     config = Outer(steps=3, inner=Inner(width=5), names=("x",))
     dump_recipe(config, tmp_path / "recipe.yaml")
     assert load_recipe(Outer, str(tmp_path / "recipe.yaml")) == config
+
+
+class Pair(StrictConfig):
+    low: int = 0
+    high: int = 1
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.low > self.high:
+            raise ValueError("low is above high: lower it")
+        return self
+
+
+class Pairs(StrictConfig):
+    first: Pair = Pair()
+
+
+def test_settings_that_do_not_go_together_are_told_without_all_the_others():
+    with pytest.raises(LipflowError) as alone:
+        load_recipe(Pair, None, ["low=2"])
+    assert str(alone.value) == "recipe the defaults: low is above high: lower it"
+    with pytest.raises(LipflowError) as inside:
+        load_recipe(Pairs, None, ["first.low=2"])
+    assert str(inside.value) == "recipe the defaults: first: low is above high: lower it"
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from cluster import train as train_job
 from cluster import trained_model
 from cluster.trained_model import fetched, resolved
 from cluster.training_loop import TrainRecipe
@@ -93,3 +94,28 @@ def test_a_folder_without_an_avatar_is_refused(tmp_path: Path):
     recipe = TrainRecipe(add_drivers=("keypoints",), model=str(tmp_path / "empty"))
     with pytest.raises(CheckpointError, match="holds no avatar"), fetched(recipe):
         pass
+
+
+def test_the_command_takes_several_signals_and_a_recipe_may_name_them(monkeypatch, tmp_path: Path):
+    asked = []
+
+    def noted(shards: str, out: str, recipe: TrainRecipe):
+        asked.append(recipe)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(train_job, "train", noted)
+    preset = tmp_path / "recipe.yaml"
+    preset.write_text("add_drivers: [frontal]\nsteps: 3\n")
+    uri = "models:/lipflow@champion"
+    for arguments in (
+        {"add_driver": ["hmc", "keypoints"]},
+        {"recipe": str(preset)},
+        {"recipe": str(preset), "add_driver": ["hmc"]},
+    ):
+        with pytest.raises(ConfigError, match="enough"):
+            train_job.train_command("shards", "out", model=uri, **arguments)
+    assert [recipe.add_drivers for recipe in asked] == [("hmc", "keypoints"), ("frontal",), ("hmc",)]
+    assert {recipe.model for recipe in asked} == {uri}
+    assert [recipe.steps for recipe in asked] == [2000, 3, 3]
+    with pytest.raises(ConfigError, match="give both"):
+        train_job.train_command("shards", "out", add_driver=["hmc"])
