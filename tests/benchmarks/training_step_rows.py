@@ -27,21 +27,34 @@ def parts(shards_uri: str, method: str, options: dict[str, Any]) -> dict[str, Ca
     Args:
         shards_uri: of a shard set whose training frames fill the batch.
         method: of ``AvatarConfig``.
-        options: ``frames`` and ``views`` of the batch, ``threads``, and ``avatar``, fields of ``AvatarConfig.small``.
+        options: ``frames`` and ``views`` of the batch, ``threads``, ``antialias``, and ``avatar``, fields of
+            ``AvatarConfig.small``.
     """
     import torch
 
-    from cluster.training_loop import avatar_for
     from lipflow.config import AvatarConfig, LossConfig
     from lipflow.losses import training_loss
+    from lipflow.model.avatar import Avatar
+    from lipflow.model.context import AvatarContext
     from lipflow.render.renderer import Renderer
     from lipflow.types import map_tensors
     from pipeline.loading.loader import ShardSet
 
     torch.set_num_threads(options["threads"])
     shards = ShardSet.open(shards_uri)
-    avatar = avatar_for(shards, AvatarConfig.small(**{"method": method, "texture_size": 128} | options["avatar"]))
-    renderer = Renderer(shards.topology)
+    frontal = {camera.camera_id: camera.image_size_hw for camera in shards.cameras}.get(shards.frontal_camera_id or "")
+    context = AvatarContext(
+        topology=shards.topology,
+        normalization=shards.normalization,
+        camera_ids=tuple(camera.camera_id for camera in shards.cameras),
+        train_camera_ids=tuple(shards.train_camera_ids),
+        headset_cameras=tuple(shards.headset_cameras),
+        frontal_camera_id=shards.frontal_camera_id,
+        frontal_image_hw=frontal,
+        keypoint_names=tuple(shards.keypoint_names),
+    )
+    avatar = Avatar(AvatarConfig.small(**{"method": method, "texture_size": 128} | options["avatar"]), context)
+    renderer = Renderer(shards.topology, **({"antialias": True} if options["antialias"] else {}))
     frame_ids = shards.frame_ids("train")
     chosen = frame_ids[:: max(1, len(frame_ids) // options["frames"])][: options["frames"]]
     batch = shards.frames(chosen, shards.train_camera_ids[: options["views"]])
