@@ -84,10 +84,13 @@ class SoftwareBackend:
         if self._opposite is None:
             self._opposite = opposite_vertices(self._faces)
         depth = torch.nan_to_num(fragments.corners.detach()[..., 2], nan=0.0)
-        # What has no image must have finite pixels all the same: 0 times them is no gradient.
         imaged = (depth >= NEAR_MM)[..., None]
-        pixels = image_points(torch.where(imaged, fragments.corners, 1.0), fragments.intrinsics)
-        pixels = torch.where(imaged, pixels, 0.0)
+        if imaged.all():
+            pixels = image_points(fragments.corners, fragments.intrinsics)
+        else:
+            # What has no image must have finite pixels all the same: 0 times them is no gradient.
+            pixels = image_points(torch.where(imaged, fragments.corners, 1.0), fragments.intrinsics)
+            pixels = torch.where(imaged, pixels, 0.0)
         ids, depths = fragments.triangle_id, fragments.depth.detach()
         return antialias(image, ids, depths, pixels, depth, self._faces, self._opposite)
 

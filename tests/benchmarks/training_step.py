@@ -115,13 +115,14 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=4, help="of a batch")
     parser.add_argument("--views", type=int, default=3, help="of each frame")
     parser.add_argument("--avatar", default="{}", help='fields of AvatarConfig, as JSON: {"upsample": "bilinear"}')
+    parser.add_argument("--antialias", action="store_true", help="renderings are blended across silhouettes")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=7, help="passes of each part after the first")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: for a machine that is not idle")
     parser.add_argument("--scratch", type=Path, help="keep the shard set here for the next run")
     parser.add_argument("--face", type=Path, default=_FACE if _FACE.is_dir() else None, help="folder of a face asset")
     given = parser.parse_args()
-    options = {name: getattr(given, name) for name in ("frames", "views", "threads")}
+    options = {name: getattr(given, name) for name in ("frames", "views", "threads", "antialias")}
     options["avatar"] = json.loads(given.avatar)
     facts(None)
     with ExitStack() as stack:

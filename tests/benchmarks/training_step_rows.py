@@ -27,7 +27,8 @@ def parts(shards_uri: str, method: str, options: dict[str, Any]) -> dict[str, Ca
     Args:
         shards_uri: of a shard set whose training frames fill the batch.
         method: of ``AvatarConfig``.
-        options: ``frames`` and ``views`` of the batch, ``threads``, and ``avatar``, fields of ``AvatarConfig.small``.
+        options: ``frames`` and ``views`` of the batch, ``threads``, ``antialias``, and ``avatar``, fields of
+            ``AvatarConfig.small``.
     """
     import torch
 
@@ -44,7 +45,7 @@ def parts(shards_uri: str, method: str, options: dict[str, Any]) -> dict[str, Ca
     avatar = Avatar(
         AvatarConfig.small(**{"method": method, "texture_size": 128} | options["avatar"]), context_of(shards)
     )
-    renderer = Renderer(shards.topology)
+    renderer = Renderer(shards.topology, antialias=options["antialias"])
     frame_ids = shards.frame_ids("train")
     chosen = frame_ids[:: max(1, len(frame_ids) // options["frames"])][: options["frames"]]
     batch = shards.frames(chosen, shards.train_camera_ids[: options["views"]])
