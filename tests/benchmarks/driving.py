@@ -118,7 +118,7 @@ def main() -> None:
         for encoder in ENCODERS:
             runs = [_train(frames, signal, encoder, options.steps, seed) for seed in range(options.seeds)]
             cells = [[_error(frames, signal, driver, parts) for driver, _ in runs] for parts in PARTS[signal].values()]
-            table.add_row(encoder, *("  ".join(cell) for cell in cells), f"{runs[0][1]:.0f}")
+            table.add_row(encoder, *("\n".join(cell) for cell in cells), f"{runs[0][1]:.0f}")
             if encoder == "set":
                 trained[signal] = [driver for driver, _ in runs]
         console.print(table)

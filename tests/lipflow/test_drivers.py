@@ -279,9 +279,19 @@ def test_neither_driver_nor_fit_sees_what_the_config_hides(make_avatar, renderer
         if method != "dam":
             assert same(*(avatar.fused_prior([signal], it) for it in (seen, other))) is equal
             assert torch.equal(*(avatar.start_from([signal], it) for it in (seen, other))) is equal
-            for it in (seen, other):
-                avatar.measure_driving(it)
-                assert same(avatar.prior(signal, it), avatar.prior(signal, seen)) is (equal or it is seen)
+
+
+def test_statistics_of_driving_images_leave_out_hidden_views(make_avatar, batch):
+    avatar, free = make_avatar(**LIMITS["hmc"]), make_avatar()
+    spreads = []
+    darkened = copied(batch.driving)
+    darkened.hmc_images[0, 0] = 0
+    for driving in (batch.driving, darkened):
+        for it in (avatar, free):
+            it.measure_driving(driving)
+            spreads.append(it.drivers["hmc"].normalize.spread.item())
+    assert spreads[0] == spreads[2]
+    assert spreads[1] != spreads[3]
 
 
 def test_a_limit_marks_as_absent_changes_nothing_else_and_nothing_twice(make_avatar, batch):

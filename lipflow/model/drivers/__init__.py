@@ -1,8 +1,11 @@
 """Driving encoders P(y | h): what an impoverished signal says about the face, as a Gaussian over y.
 
-One file a signal: it holds the signal's declaration (:class:`lipflow.model.drivers.signal.Signal`), its encoder and
-what the fit compares. Every module of this room is imported here, so that a new file is a new signal. Each driver sees
-its own signal alone, and what is absent has no influence: whatever stands in its place, it is masked.
+One file a signal: its declaration (:class:`lipflow.model.drivers.signal.Signal`), its encoder, and its view for the
+fit. Every module of this room is imported here, so that a new file is a new signal, which can be configured, trained,
+fused and saved by its name. To be fitted to, it also needs what it shows in ``lipflow.fitting``; and one that is
+computed from nothing in :class:`lipflow.types.DrivingSignals` needs a field there, and a reader of it in ``pipeline``.
+
+Each driver sees its own signal alone, and what is absent has no influence: whatever stands in its place, it is masked.
 """
 
 from __future__ import annotations
