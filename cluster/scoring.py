@@ -287,7 +287,7 @@ class _Target:
             shared["texture_mse"] = texture_mse(mean, average, self.scene.renderer.weight_mask).item()
         found = [FrameScore(**shared, calibrated=False, **self._image(rendered.image[0]))]
         if solved is not None:
-            covered = rendered.mask[0, :, None]
+            covered = rendered.coverage[0, :, None]
             image = rendered.image[0] * solved[0][..., None, None] + covered * solved[1][..., None, None]
             found.append(FrameScore(**shared, calibrated=True, **self._image(image)))
         return found
