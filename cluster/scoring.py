@@ -165,7 +165,8 @@ def score_fits(
     driving = scene.shards.frames(list(frame_ids), list(camera_ids[:1])).driving
     fitted = fit(scene.avatar, scene.renderer, driving, signal, config, record=iterations)
     result = TaskResult(trace=fitted.observed_trace.mean(1).tolist(), seconds=fitted.seconds)
-    seconds_per_step = fitted.seconds / len(frame_ids) / max(1, config.iterations)
+    steps = fitted.iterations.tolist()
+    seconds_per_step = fitted.seconds / max(1, sum(steps))
     with torch.no_grad():
         for index, frame_id in enumerate(frame_ids):
             batch = scene.shards.frames([frame_id], list(camera_ids), signals=())
@@ -173,7 +174,7 @@ def score_fits(
             for count in iterations:
                 z = fitted.recorded[count][index : index + 1]
                 result.latents[signal, count, frame_id] = z[0].tolist()
-                result.scores += target.scores(z, signal, count, fit_seconds=count * seconds_per_step)
+                result.scores += target.scores(z, signal, count, fit_seconds=min(count, steps[index]) * seconds_per_step)
     return result
 
 

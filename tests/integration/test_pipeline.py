@@ -231,11 +231,14 @@ def test_several_models_are_scored_on_the_same_frames_and_stand_in_one_table(
         failure_frames=1,
     )
     avatar = finished.trained.avatar
-    comparison, evaluations = evaluate_models([f"a={avatar}", f"b={avatar}"], shards.uri, str(tmp_path), recipe)
+    models = [f"a={avatar}", f"b={avatar}", f"b={avatar}"]
+    comparison, evaluations = evaluate_models(models, shards.uri, str(tmp_path), recipe)
+    assert [evaluation.sheet.name for evaluation in evaluations] == ["a", "b", "b"]
     driven, ratios = (next(t for t in comparison.tables if t.name == name) for name in ("driven", "driven-ratios"))
     kept = [row.labels for row in driven.rows if row.labels[0] == "keypoints"]
     assert kept == [("keypoints", name, iterations) for name in "ab" for iterations in ("0", "1", "3")]
-    # The same avatar twice: its own last row over the baseline's is exactly 1.
+    assert "over 2 seeds" in driven.note
+    # The same avatar: its own last row over the baseline's is exactly 1.
     (same,) = (row.cells for row in ratios.rows if row.labels == ("keypoints", "b", "3"))
     assert [(cell.mean, cell.low, cell.high) for cell in same] == [(1, 1, 1)] * 2
     # One fit gives all rows, and the start is that of the other protocol's evaluation.
@@ -247,7 +250,14 @@ def test_several_models_are_scored_on_the_same_frames_and_stand_in_one_table(
         if (score.latent, score.iterations) == ("keypoints", 0)
     }
     assert evaluations[0].sheet.train_frames == ()
-    assert {path.name for path in tmp_path.iterdir()} >= {"a", "b", "tables.md", "report.html", "evaluation.json"}
+    assert {path.name for path in tmp_path.iterdir()} >= {
+        "a",
+        "b-0",
+        "b-1",
+        "tables.md",
+        "report.html",
+        "evaluation.json",
+    }
 
 
 def test_fitted_latents_load_back_from_the_store_and_from_the_output(shards, finished: Finished):
