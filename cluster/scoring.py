@@ -174,7 +174,8 @@ def score_fits(
             for count in iterations:
                 z = fitted.recorded[count][index : index + 1]
                 result.latents[signal, count, frame_id] = z[0].tolist()
-                result.scores += target.scores(z, signal, count, fit_seconds=min(count, steps[index]) * seconds_per_step)
+                seconds = min(count, steps[index]) * seconds_per_step
+                result.scores += target.scores(z, signal, count, fit_seconds=seconds)
     return result
 
 

@@ -17,7 +17,7 @@ from lipflow.model.context import AvatarContext
 _METHOD_WITH_DRIVERS = {"dam": "dam-regressor"}
 """What an avatar becomes by its first driver; other methods stay what they are."""
 
-_DRIVER_FIELDS = ("driver_image_size", "driver_channels", "driver_hidden_size", "driver_dropout")
+_DRIVER_FIELDS = ("headset_views", "keypoints", *(name for name in AvatarConfig.model_fields if name[:7] == "driver_"))
 """Of :class:`AvatarConfig`: what may be chosen for the first drivers of an avatar that has none."""
 
 

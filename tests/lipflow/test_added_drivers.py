@@ -200,9 +200,9 @@ def test_drivers_added_one_after_another_do_not_touch_each_other(extend, context
     before = first.state_dict()
     assert all(torch.equal(second.state_dict()[name], value) for name, value in before.items())
     second.measure_driving(batch.driving, ("hmc",))
-    assert torch.equal(
-        second.start_from(("keypoints",), batch.driving), first.start_from(("keypoints",), batch.driving)
-    )
+    with torch.no_grad():  # where gradients are kept, attention takes another path, with other roundings
+        answers = [avatar.start_from(("keypoints",), batch.driving) for avatar in (first, second)]
+    assert torch.equal(*answers)
 
 
 def test_statistics_are_measured_for_the_new_drivers_alone(extend, batch):
