@@ -69,7 +69,9 @@ class DiagonalGaussian:
 def product_of_gaussians(experts: Sequence[DiagonalGaussian], present: Sequence[Tensor]) -> DiagonalGaussian:
     """The normalised product of the present experts; N(0, I) where none is present.
 
-    Precisions add, and the mean is the mean of the experts' means weighted by precision.
+    Precisions add, and the mean is the mean of the experts' means weighted by precision. Experts that are posteriors
+    of one prior each contain it, and often the same errors: their product is over-confident (measured in
+    ``tests/benchmarks/RESULTS.md``). It is not divided by the prior, since the marginal of y is none that is known.
 
     Args:
         experts: S Gaussians ``(..., D)``, at least one.
