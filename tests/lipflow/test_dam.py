@@ -50,7 +50,7 @@ def test_image_term_is_weighted_by_the_weight_mask_as_each_view_sees_it(make_ava
 
 @pytest.mark.slow
 def test_a_step_at_full_size_reaches_every_parameter():
-    """1024 x 1024 textures, 7,306 vertices, photos of 2048 x 1334, all three cameras; measured: PLACEHOLDER."""
+    """1024 x 1024 textures, 7,306 vertices, photos of 2048 x 1334, all three cameras."""
     context = _full_size_context()
     avatar = Avatar(AvatarConfig(method="dam"), context)
     batch = make_batch(context, frames=1, image_hw=(2048, 1334), views=3)
