@@ -17,9 +17,9 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
-from science_figures import draw_figures
+from science_figures import draw_curves, draw_random_faces
 from science_runner import Runner
-from science_sizes import full_study, quick_study
+from science_sizes import full_study, portrait_study, quick_study
 from science_study import Stages
 from science_tables import all_tables
 
@@ -49,7 +49,15 @@ def main() -> None:
         print(all_tables(found, study.dam_iterations))
         figures = given.figures or scratch / "figures"
         figures.mkdir(parents=True, exist_ok=True)
-        draw_figures(found, scratch, figures, real_face=face is not None)
+        draw_curves(found, figures)
+        if face is None:
+            draw_random_faces(found.portrayed, scratch, figures)
+        else:
+            # Pictures are of the procedural head alone: a real face is not to be published by accident.
+            aside = scratch.with_name("portraits")
+            small = quick_study(None) if given.quick else portrait_study()
+            portraits = Stages(small, stack.enter_context(Runner(aside, given.workers)), given.workers).portraits()
+            draw_random_faces(portraits, aside, figures)
         named = {
             name: {" ".join(key): value for key, value in asdict(found)[name].items()} for name in ("choices", "cpu_s")
         }

@@ -23,15 +23,20 @@ from matplotlib import pyplot as plt
 _DPI = 130
 _FACES_PER_ROW = 8
 _OVERSAMPLING = 3
+_BESIDE = 0.12
 _AMBIGUOUS_NAMES = {"hmc": "eyes only", "keypoints": "5 keypoints"}
 
 
-def draw_figures(found: Findings, scratch: Path, folder: Path, *, real_face: bool) -> None:
-    """``fit_iterations.png``, ``signals.png`` and, of the procedural head, ``prior_samples.png``."""
+def draw_curves(found: Findings, folder: Path) -> None:
+    """``fit_iterations.png`` and ``signals.png``."""
     _fit_iterations(found).savefig(folder / "fit_iterations.png", dpi=_DPI)
     _signals(found).savefig(folder / "signals.png", dpi=_DPI)
-    if not real_face:
-        _prior_samples(found, scratch).savefig(folder / "prior_samples.png", dpi=_DPI)
+    plt.close("all")
+
+
+def draw_random_faces(portrayed: dict[str, str], scratch: Path, folder: Path) -> None:
+    """``prior_samples.png``: faces of each method's prior; ``portrayed`` maps methods to avatars."""
+    _prior_samples(portrayed, scratch).savefig(folder / "prior_samples.png", dpi=_DPI)
     plt.close("all")
 
 
@@ -67,23 +72,24 @@ def _signals(found: Findings) -> plt.Figure:
     """Energy score of p(z | h) against what the signal leaves open."""
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
     places = in_order((row["shown"], row["signal"]) for row in found.uncertainty)
-    for method in in_order(row["method"] for row in found.uncertainty):
+    for position, method in enumerate(in_order(row["method"] for row in found.uncertainty)):
         heights = []
         for shown, signal in places:
             rows = where(found.uncertainty, method=method, shown=shown, signal=signal)
             heights.append(float(by_seed(rows, "energy_mm").mean()) if rows else float("nan"))
-        axis.plot(range(len(places)), heights, marker="o", linestyle="none", label=method)
+        beside = [place + _BESIDE * (position - 1) for place in range(len(places))]
+        axis.plot(beside, heights, marker="o", linestyle="none", label=method)
     names = [signal if shown == "all" else _AMBIGUOUS_NAMES[signal] for shown, signal in places]
     axis.set_xticks(range(len(places)), names)
     axis.set_ylabel("energy score of driven meshes, mm")
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
     axis.grid(alpha=0.25)
     axis.legend(frameon=False)
     return figure
 
 
 @torch.no_grad()
-def _prior_samples(found: Findings, scratch: Path) -> plt.Figure:
+def _prior_samples(rows: dict[str, str], scratch: Path) -> plt.Figure:
     """Random faces of each method's prior without a signal, one row each."""
     opened = ShardSet.open(str(scratch / "dome" / "shards"))
     camera = opened.frontal_camera_id or opened.train_camera_ids[0]
@@ -91,7 +97,6 @@ def _prior_samples(found: Findings, scratch: Path) -> plt.Figure:
     renderer = Renderer(opened.topology)
     height, width = (_OVERSAMPLING * size for size in batch.images.shape[-2:])
     zoom = torch.tensor([_OVERSAMPLING, _OVERSAMPLING, 1.0])[:, None]
-    rows = found.samples_avatars
     figure, axes = plt.subplots(len(rows), _FACES_PER_ROW, figsize=(10, 1.9 * len(rows)), layout="constrained")
     for line, (method, name) in zip(np.atleast_2d(axes), rows.items(), strict=True):
         avatar = load_avatar(scratch / "avatars" / name)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from multiprocessing import get_context
 from pathlib import Path
+from threading import Thread
 from typing import Any, Self
 
 from pipeline import storage
@@ -64,7 +65,8 @@ class Runner:
         """(kind, name) of every task whose result was used -> CPU seconds."""
         for name in _ONE_THREAD:
             os.environ[name] = "1"
-        self._pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+        context = get_context("spawn")
+        self._pool = ProcessPoolExecutor(workers, context, _end_with, (os.getpid(),))
 
     def __enter__(self) -> Self:
         return self
@@ -123,6 +125,17 @@ class Runner:
     def _taken(self, task: Task, document: dict[str, Any]) -> Any:
         self.cpu_s[task.kind, task.name] = document["cpu_s"]
         return document["result"]
+
+
+def _end_with(parent: int) -> None:
+    """In a worker process: end when the run does, which may be killed and then tells nobody."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
 
 
 def _call(task: Task, scratch: str) -> dict[str, Any]:

@@ -23,6 +23,9 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 LONG_FITS = ("dam", "lipflow")
 """Methods whose fits go on to the most iterations: they take most of the study's time."""
 
+PORTRAYED = ("dam", "lipflow")
+"""Methods whose random faces are shown."""
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "base": {"spatial_bias": False},
     "+spatial bias": {"spatial_bias": True},
@@ -82,12 +85,12 @@ class Study:
     seeds: tuple[int, ...] = (0, 1)
     steps: int = 2000
     learning_rate: float = 4e-3
-    frames_per_batch: int = 4
-    views_per_frame: int = 2
+    frames_per_batch: int = 8
+    views_per_frame: int = 1
     mean_scale: float = 1.0
     log_std_scale: float = 0.1
     image_weight: float = 0.05
-    latent_weight: float = 0.01
+    latent_weight: float = 0.1
     dam_latent_weights: tuple[float, ...] = (0.01, 0.1, 1.0)
     fit_weights: tuple[float, ...] = (0.003, 0.03)
     fit_rates: tuple[float, ...] = (0.03, 0.1)
@@ -121,6 +124,17 @@ def full_study(face: Path | None) -> Study:
     return Study(
         dome=_dome(face, segments=40, frames_per_segment=10, image_size_hw=(192, 128)),
         shard=ShardConfig(frames_per_shard=16, splits=splits),
+    )
+
+
+def portrait_study() -> Study:
+    """A small one of the procedural head, for pictures where the study itself is of a face that is not to be shown."""
+    splits = SplitConfig(test_segments=("SEN_bright_blue_sails",), val_segments=("SEN_a_good_morrow",))
+    return Study(
+        dome=_dome(None, segments=16, frames_per_segment=10, image_size_hw=(128, 96)),
+        shard=ShardConfig(frames_per_shard=16, splits=splits),
+        steps=800,
+        latent_weight=0.1,
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from science_runner import Runner, Task
-from science_sizes import FLOWS, METHODS, VARIANTS, Study, ambiguous_settings
+from science_sizes import FLOWS, METHODS, PORTRAYED, VARIANTS, Study, ambiguous_settings
 
 from cluster.training_loop import TrainRecipe
 from lipflow.config import AvatarConfig, LossConfig
@@ -47,12 +47,13 @@ class Findings:
         latent_weight: lambda_3 that validation frames chose for the DAM.
         choices: (method, signal) -> settings of its fits.
         fits: driven held-out frames, by signal and iterations.
+        ambiguous_fits: the same of avatars that see the ambiguous signals alone.
         reconstructions: the encoder's, in all four quadrants.
         uncertainty: of p(z | h).
         densities: of frozen codes.
         samples: of the priors, one row for each method and seed.
         cpu_s: (kind, name) of every task -> CPU seconds.
-        samples_avatars: method -> its avatar of the first seed.
+        portrayed: method -> its avatar of the first seed, for pictures of random faces.
         data: what the shard set holds.
     """
 
@@ -60,12 +61,13 @@ class Findings:
     latent_weight: float = math.nan
     choices: dict[tuple[str, str], Choice] = field(default_factory=dict)
     fits: list[Row] = field(default_factory=list)
+    ambiguous_fits: list[Row] = field(default_factory=list)
     reconstructions: list[Row] = field(default_factory=list)
     uncertainty: list[Row] = field(default_factory=list)
     densities: list[Row] = field(default_factory=list)
     samples: list[Row] = field(default_factory=list)
     cpu_s: dict[tuple[str, str], float] = field(default_factory=dict)
-    samples_avatars: dict[str, str] = field(default_factory=dict)
+    portrayed: dict[str, str] = field(default_factory=dict)
 
 
 class Stages:
@@ -89,6 +91,12 @@ class Stages:
         }
         self.findings = Findings(data)
         self._first = study.seeds[0]
+
+    def portraits(self) -> dict[str, str]:
+        """Trains the methods that draw random faces, on the first seed alone; method -> name of its avatar."""
+        tasks = {method: self._train(method, self._first, method, self._study.latent_weight) for method in PORTRAYED}
+        self._runner.run(list(tasks.values()))
+        return {method: task.name for method, task in tasks.items()}
 
     def run(self) -> Findings:
         """Everything; what was done before is not done again."""
@@ -122,7 +130,7 @@ class Stages:
         }
         self._runner.run([avatars["dam", seed] for seed in study.seeds])
         avatars = {(method, seed): avatars[method, seed] for method in METHODS for seed in study.seeds}
-        self.findings.samples_avatars = {method: avatars[method, self._first].name for method in METHODS}
+        self.findings.portrayed = {method: avatars[method, self._first].name for method in PORTRAYED}
         for method in METHODS:
             if method != "dam":
                 self._choose_fits(method, avatars[method, self._first])
@@ -241,6 +249,12 @@ class Stages:
                 fit = found.choices[method, signal].fit
                 task = self._fits(avatar, signal, fit, study.iterations_of(method), "test")
                 labelled.append((found.fits, label, task))
+        for (method, seed), avatar in ambiguous.items():
+            label = {"method": method, "seed": seed}
+            for signal in _AMBIGUOUS_SIGNALS:
+                fit, iterations = found.choices[method, signal].fit, (0, study.prior_iterations)
+                task = self._fits(avatar, signal, fit, iterations, "test")
+                labelled.append((found.ambiguous_fits, label, task))
         for (variant, seed), avatar in variants.items():
             label = {"variant": variant, "seed": seed}
             labelled.append((found.reconstructions, label, self._reconstructions(avatar)))

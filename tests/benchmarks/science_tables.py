@@ -24,6 +24,7 @@ def all_tables(found: Findings, baseline_iterations: int) -> str:
         fitting_table(found),
         regions_table(found, baseline_iterations),
         variants_table(found),
+        ambiguous_table(found),
         samples_table(found),
         uncertainty_table(found),
         densities_table(found),
@@ -112,6 +113,12 @@ def variants_table(found: Findings) -> str:
     return _table("Variants of the DAM: image MSE of the encoder's reconstructions", ("variant", *columns), rows)
 
 
+def ambiguous_table(found: Findings) -> str:
+    """Avatars that see little: eyes alone, or five landmarks."""
+    title = "Held-out expressions driven by ambiguous signals"
+    return _grouped(title, found.ambiguous_fits, ("latent", "method", "iterations"), _ERRORS)
+
+
 def samples_table(found: Findings) -> str:
     """Random samples of the priors."""
     keys = ("frechet_mm", "held_out_frechet_mm", "real_frechet_mm", "spread_mm", "real_spread_mm")
@@ -161,7 +168,9 @@ def _grouped(title: str, rows: Sequence[Row], group: tuple[str, ...], keys: tupl
     for values in in_order(tuple(row[name] for name in group) for row in rows):
         grids = [by_seed(where(rows, **dict(zip(group, values, strict=True))), key) for key in keys]
         seeds = [" / ".join(f"{mean:.3f}" for mean in grid.mean(1).tolist()) for grid in grids]
-        lines.append((*values, *(f"{grid.mean():.3f} ({apart})" for grid, apart in zip(grids, seeds, strict=True))))
+        lines.append(
+            (*map(str, values), *(f"{grid.mean():.3f} ({apart})" for grid, apart in zip(grids, seeds, strict=True)))
+        )
     return _table(f"{title}, mean (seed by seed)", (*group, *keys), lines)
 
 
