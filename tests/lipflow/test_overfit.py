@@ -69,7 +69,7 @@ def scores(avatar: Avatar, renderer: Renderer, batch: FrameBatch) -> tuple[float
 
 @pytest.mark.slow
 def test_one_frame_of_eight_views_is_shown_at_37_db(shards):
-    """Measured on the real face, after 0, 100, 300, 500, 700 steps: 28.6, 35.3, 36.2, 37.2, 37.4 dB; 79 s of CPU time."""
+    """Measured on the real face, after 0, 100, 300, 500, 700 steps: 28.6, 35.3, 36.2, 37.2, 37.4 dB; 79 CPU seconds."""
     context = AvatarContext(
         topology=shards.topology,
         normalization=shards.normalization,
