@@ -39,6 +39,7 @@ from cluster.protocols import Protocol
 from cluster.recipe import load_recipe
 from cluster.registry import download_model, record_evaluation, registered_version
 from cluster.runtime import map_tasks, ray_cluster
+from cluster.scene import context_of, drivable_signals
 from cluster.scores import SCORES_FILE, ScoreSheet
 from cluster.scoring import calibrate_colors, held_out_cameras, scored_cameras
 from cluster.tables import IntervalUnit
@@ -309,19 +310,11 @@ def chosen_frames(frame_ids: Sequence[str], recipe: EvaluateRecipe) -> list[str]
 
 
 def _driving_signals(avatar: Avatar, shards: ShardSet, recipe: EvaluateRecipe) -> tuple[str, ...]:
-    """The signals to drive with; ConfigError if the avatar is of another capture or lacks one that is asked for."""
-    expected, found = avatar.context.topology.num_vertices, shards.topology.num_vertices
-    if expected != found or list(avatar.context.camera_ids) != [camera.camera_id for camera in shards.cameras]:
-        raise ConfigError(
-            f"the avatar was made for {expected} vertices and {len(avatar.context.camera_ids)} cameras, the shard set "
-            f"has {found} vertices and {len(shards.cameras)} cameras, or others: give a shard set of the same capture"
-        )
-    # A prior N(0, I) needs no driver: it is fitted to whatever the capture shows.
-    possible = avatar.signals if avatar.config.has_drivers else avatar.context.offered_signals
-    lacking = [signal for signal in recipe.signals or () if signal not in possible]
-    if lacking:
-        raise ConfigError(f"signals: the avatar cannot be driven by {', '.join(lacking)}, but by {list(possible)}")
-    return recipe.signals or possible
+    """The signals to drive with; ConfigError if the avatar lacks one, or is of another capture than the shard set."""
+    signals = drivable_signals(avatar, recipe.signals, "signals")
+    driven = () if recipe.protocol == "multiface" else signals
+    avatar.context.require_same_capture(context_of(shards), driven)
+    return signals
 
 
 def calibration_segments(shards: ShardSet, recipe: EvaluateRecipe) -> tuple[str, ...]:

@@ -33,11 +33,11 @@ from cluster.frame_fits import FittingConfig, FrameFit, RunFit, fit_frames
 from cluster.recipe import load_recipe
 from cluster.registry import download_model
 from cluster.runtime import map_tasks, ray_cluster
+from cluster.scene import context_of, drivable_signals
 from cluster.tracking import TrackingConfig, initialise, tracked_run
 from lipflow.checkpoint import load_avatar
 from lipflow.config import StrictConfig
 from lipflow.errors import ConfigError
-from lipflow.model.avatar import Avatar
 from pipeline import storage
 from pipeline.loading.loader import ShardSet
 from pipeline.sharding.splits import spread
@@ -132,7 +132,8 @@ def fit_model(model: str, shards_uri: str, signals: Sequence[str], out_uri: str,
     with tempfile.TemporaryDirectory() as folder:
         local = download_model(model, Path(folder, "avatar"), recipe.tracking)
         avatar = load_avatar(local)
-        chosen = _checked_signals(avatar, shards, signals)
+        chosen = drivable_signals(avatar, signals, "--signal")
+        avatar.context.require_same_capture(context_of(shards), chosen, cameras=False)
         summary_uri = storage.join(out_uri, SUMMARY_FILE)
         if storage.exists(summary_uri):
             storage.delete(summary_uri)
@@ -217,32 +218,6 @@ def _parts(frame_ids: Sequence[str], recipe: FitRecipe) -> list[list[str]]:
 
 def _segment(frame_id: str) -> str:
     return frame_id.split("/")[0]
-
-
-def _checked_signals(avatar: Avatar, shards: ShardSet, signals: Sequence[str]) -> tuple[str, ...]:
-    """The signals, once each; ConfigError if the avatar and the shards cannot be used with one another, or for them."""
-    context = avatar.context
-    for what, expected, found in (
-        ("vertices", context.topology.num_vertices, shards.topology.num_vertices),
-        (
-            "headset cameras",
-            [camera.camera_id for camera in context.headset_cameras],
-            [camera.camera_id for camera in shards.headset_cameras],
-        ),
-        ("frontal camera", context.frontal_camera_id, shards.frontal_camera_id),
-        ("keypoints", list(context.keypoint_names), list(shards.keypoint_names)),
-    ):
-        if expected != found:
-            raise ConfigError(
-                f"the avatar was made for {what} {expected}, the shard set has {found}: give a shard set of the same "
-                "capture"
-            )
-    # Without drivers the prior says the same whatever is shown: any signal can be fitted.
-    possible = avatar.signals or context.offered_signals
-    lacking = [signal for signal in signals if signal not in possible]
-    if lacking:
-        raise ConfigError(f"--signal {lacking[0]}: the avatar cannot be driven by it, but by {', '.join(possible)}")
-    return tuple(dict.fromkeys(signals))
 
 
 def fit_command(

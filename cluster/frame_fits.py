@@ -5,10 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import groupby
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -17,13 +14,11 @@ from torch import Tensor
 from trimesh import Trimesh
 from trimesh.exchange.ply import export_ply
 
-from lipflow.checkpoint import load_avatar
+from cluster.scene import open_scene
 from lipflow.config import FitConfig, RenderConfig, StrictConfig
 from lipflow.fitting import FitResult, fit, fit_sequence, posterior, vertex_std_mm
 from lipflow.model.avatar import Avatar
-from lipflow.render.renderer import Renderer
 from pipeline import storage
-from pipeline.loading.loader import ShardSet
 
 MESH_FOLDER = "meshes"
 UNCERTAINTY_FOLDER = "uncertainty"
@@ -131,7 +126,8 @@ def fit_frames(
 
     With ``config.sequences`` the frames are those of whole segments, each in the order of time.
     """
-    avatar, renderer, shards = _open(avatar_uri, shards_uri, config.render)
+    scene = open_scene(avatar_uri, shards_uri, config.render)
+    avatar, renderer, shards = scene.avatar, scene.renderer, scene.shards
     # One camera is enough to read the driving signals.
     driving = shards.frames(list(frame_ids), shards.train_camera_ids[:1], signals).driving
     if config.sequences:
@@ -151,16 +147,6 @@ def fit_frames(
     shown = {name: avatar.presence(name, driving).tolist() for name in signals}
     rows = _rows(frame_ids, fitted, shown, spread_mm)
     return RunFit(rows, fitted.z.numpy(), fitted.start.numpy(), z_std, fitted.seconds)
-
-
-@lru_cache(maxsize=2)
-def _open(avatar_uri: str, shards_uri: str, render: RenderConfig) -> tuple[Avatar, Renderer, ShardSet]:
-    """Avatar, renderer and shard set, kept by a worker between its tasks."""
-    with TemporaryDirectory() as folder:
-        local = Path(folder, "avatar")
-        storage.download_dir(avatar_uri, local)
-        avatar = load_avatar(local).eval()
-    return avatar, Renderer(avatar.context.topology, render.backend, filter=render.filter), ShardSet.open(shards_uri)
 
 
 def _write_arrays(

@@ -10,8 +10,9 @@ import torch
 
 from cluster.area_sampling import render_area
 from cluster.pictures import comparison_row, contact_sheet, suggested_exposure
+from cluster.scene import open_scene
 from cluster.scores import MEAN_FACE, FrameScore
-from cluster.scoring import image_size, open_scene, picture_camera
+from cluster.scoring import image_size, picture_camera
 from lipflow.config import RenderConfig
 
 PICTURE_SAMPLES = 3

@@ -34,6 +34,7 @@ from cluster.sample_tasks import (
     open_spread,
 )
 from cluster.samples import Samples, random_sheet, spread_sheet, summarised
+from cluster.scene import context_of
 from cluster.scoring import picture_camera
 from cluster.tracking import TrackingConfig, initialise, tracked_run
 from lipflow.checkpoint import load_avatar
@@ -101,8 +102,9 @@ def sample(model: str, shards_uri: str, out_uri: str, recipe: SampleRecipe) -> S
     with tempfile.TemporaryDirectory() as folder:
         local = download_model(model, Path(folder, "avatar"), recipe.tracking)
         avatar = load_avatar(local)
-        method, signals = avatar.config.method, (*_open_signals(avatar, recipe), NO_SIGNAL)
-        camera = _camera(avatar, shards, recipe)
+        method, signals = avatar.config.method, _open_signals(avatar, recipe)
+        avatar.context.require_same_capture(context_of(shards), signals)
+        camera = _camera(shards, recipe)
         avatar_uri = storage.join(out_uri, "avatar")
         storage.upload_dir(local, avatar_uri)
     train = spread(shards.frame_ids("train"), recipe.count)
@@ -129,7 +131,7 @@ def sample(model: str, shards_uri: str, out_uri: str, recipe: SampleRecipe) -> S
         tasks += [
             (open_spread, (avatar_uri, shards_uri, recipe.render, frame, signal, *drawn))
             for frame in shown
-            for signal in signals
+            for signal in (*signals, NO_SIGNAL)
         ]
         results = map_tasks(_run_task, tasks, description="draw faces")
         figures: MetricsResult = results[0]
@@ -174,15 +176,9 @@ def _open_signals(avatar: Avatar, recipe: SampleRecipe) -> tuple[str, ...]:
     return avatar.signals if recipe.signals is None else recipe.signals
 
 
-def _camera(avatar: Avatar, shards: ShardSet, recipe: SampleRecipe) -> str:
-    """The camera of the pictures; ConfigError if there is none, or the avatar is of another capture."""
-    expected, found = avatar.context.topology.num_vertices, shards.topology.num_vertices
+def _camera(shards: ShardSet, recipe: SampleRecipe) -> str:
+    """The camera of the pictures; ConfigError if there is none."""
     cameras = [camera.camera_id for camera in shards.cameras]
-    if expected != found or list(avatar.context.camera_ids) != cameras:
-        raise ConfigError(
-            f"the avatar was made for {expected} vertices and {len(avatar.context.camera_ids)} cameras, the shard set "
-            f"has {found} vertices and {len(cameras)} cameras, or others: give a shard set of the same capture"
-        )
     if recipe.camera is None:
         return picture_camera(shards)
     if recipe.camera not in cameras:

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lipflow.checkpoint import load_avatar
+from cluster.scene import open_scene
 from lipflow.config import RenderConfig
 from lipflow.metrics import geometry_rmse_mm
 from lipflow.model.avatar import Avatar
@@ -31,7 +28,6 @@ from lipflow.sample_metrics import (
 )
 from lipflow.sampling import decode_meshes, draw_driven_latents, draw_latents, vertex_std_mm
 from lipflow.types import FrameBatch
-from pipeline import storage
 from pipeline.loading.loader import ShardSet
 
 RANDOM, RECONSTRUCTED, REAL = "random", "reconstructed", "real"
@@ -169,7 +165,8 @@ def compare_sets(
         components: at most, of the mesh-PCA space, which is that of the training frames.
         neighbours: of precision and recall.
     """
-    avatar, _, shards = _open(avatar_uri, shards_uri, RenderConfig())
+    scene = open_scene(avatar_uri, shards_uri, RenderConfig())
+    avatar, shards = scene.avatar, scene.shards
     train, reconstructed = _meshes(avatar, shards, train_ids)
     space = fit_mesh_pca(train, components)
 
@@ -197,7 +194,8 @@ def draw_faces(
     avatar_uri: str, shards_uri: str, render: RenderConfig, frame_id: str, camera_id: str, count: int, seed: int
 ) -> list[np.ndarray]:
     """``count`` random faces, each ``(h, w, 3)`` uint8, as ``camera_id`` would see them in the pose of ``frame_id``."""
-    avatar, renderer, shards = _open(avatar_uri, shards_uri, render)
+    scene = open_scene(avatar_uri, shards_uri, render)
+    avatar, renderer, shards = scene.avatar, scene.renderer, scene.shards
     batch = shards.frames([frame_id], [camera_id], signals=())
     latents = draw_latents(avatar, count, _seeded(seed))
     return [_shown(_render(avatar, renderer, batch, z)) for z in latents.split(1)]
@@ -227,7 +225,8 @@ def open_spread(
         drawn_pictures: how many of them are pictured.
         seed: of the draws.
     """
-    avatar, renderer, shards = _open(avatar_uri, shards_uri, render)
+    scene = open_scene(avatar_uri, shards_uri, render)
+    avatar, renderer, shards = scene.avatar, scene.renderer, scene.shards
     batch = shards.frames([frame_id], [camera_id])
     with torch.no_grad():
         if signal == NO_SIGNAL:
@@ -254,17 +253,6 @@ def open_spread(
         heat_mm=heat.float().numpy(),
         mask=rendered.mask[0, 0].numpy(),
     )
-
-
-@lru_cache(maxsize=2)
-def _open(avatar_uri: str, shards_uri: str, render: RenderConfig) -> tuple[Avatar, Renderer, ShardSet]:
-    """Avatar, renderer and shard set, kept by a worker between its tasks."""
-    with TemporaryDirectory() as folder:
-        local = Path(folder, "avatar")
-        storage.download_dir(avatar_uri, local)
-        avatar = load_avatar(local).eval()
-    shards = ShardSet.open(shards_uri)
-    return avatar, Renderer(shards.topology, render.backend, filter=render.filter), shards
 
 
 def _seeded(seed: int) -> torch.Generator:

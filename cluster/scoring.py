@@ -10,24 +10,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cluster.area_sampling import render_area
+from cluster.scene import Scene, open_scene
 from cluster.scores import ENCODER, MEAN_FACE, FrameScore
-from lipflow.checkpoint import load_avatar
 from lipflow.config import FitConfig, RenderConfig
 from lipflow.fitting import fit
 from lipflow.metrics import frame_jitter_mm, geometry_rmse_mm, masked_mse, masked_ssim_map, solve_gain_bias, texture_mse
-from lipflow.model.avatar import Avatar
-from lipflow.regions import REGIONS, face_regions, pixel_regions, region_means, vertex_regions
-from lipflow.render.renderer import Renderer
+from lipflow.regions import REGIONS, pixel_regions, region_means
 from lipflow.types import FrameBatch, colour_planes
-from pipeline import storage
 from pipeline.loading.loader import ShardSet
 from pipeline.sharding.splits import spread
 
@@ -53,39 +48,6 @@ class TaskResult:
     latents: dict[LatentKey, list[float]] = field(default_factory=dict)
     trace: list[float] = field(default_factory=list)
     seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class Scene:
-    """What a worker keeps between its tasks.
-
-    Attributes:
-        avatar: in evaluation mode.
-        renderer: of the set's topology.
-        shards: the shard set.
-        vertex_labels: ``(V,)`` region of every vertex.
-        face_labels: ``(F,)`` region of every triangle.
-    """
-
-    avatar: Avatar
-    renderer: Renderer
-    shards: ShardSet
-    vertex_labels: Tensor
-    face_labels: Tensor
-
-
-@lru_cache(maxsize=2)
-def open_scene(avatar_uri: str, shards_uri: str, render: RenderConfig) -> Scene:
-    """Avatar, renderer and shard set; the regions follow from the shard set, so they are the same for all avatars."""
-    with TemporaryDirectory() as folder:
-        local = Path(folder, "avatar")
-        storage.download_dir(avatar_uri, local)
-        avatar = load_avatar(local).eval()
-    shards = ShardSet.open(shards_uri)
-    renderer = Renderer(shards.topology, render.backend, filter=render.filter)
-    labels = vertex_regions(shards.topology, shards.normalization.vertices_mean)
-    of_faces = torch.from_numpy(face_regions(shards.topology, labels))
-    return Scene(avatar, renderer, shards, torch.from_numpy(labels), of_faces)
 
 
 def calibrate_colors(avatar_uri: str, shards_uri: str, render: RenderConfig, frame_ids: Sequence[str]) -> dict:

@@ -25,12 +25,12 @@ from ray.train import Checkpoint
 from torch import Tensor, nn
 
 from cluster.objective import Objective
+from cluster.scene import context_of
 from cluster.tracking import TrackingConfig, attached_run
 from lipflow.checkpoint import load_avatar, save_avatar
 from lipflow.config import AvatarConfig, LossConfig, RenderConfig, Signal, StrictConfig
 from lipflow.losses import LossTerms, NonFiniteLossError
 from lipflow.model.avatar import Avatar
-from lipflow.model.context import AvatarContext
 from lipflow.model.extension import with_drivers
 from lipflow.render.renderer import Renderer
 from lipflow.types import FrameBatch
@@ -140,21 +140,6 @@ class TrainRecipe(StrictConfig):
                 "loss.no_signal_weight teaches an avatar's flow and encoder, and with add_drivers the drivers alone are"
                 " trained: leave it out"
             )
-
-
-def context_of(shards: ShardSet) -> AvatarContext:
-    """What a shard set says of its capture: faces, cameras and driving signals."""
-    frontal = {camera.camera_id: camera.image_size_hw for camera in shards.cameras}.get(shards.frontal_camera_id or "")
-    return AvatarContext(
-        topology=shards.topology,
-        normalization=shards.normalization,
-        camera_ids=tuple(camera.camera_id for camera in shards.cameras),
-        train_camera_ids=tuple(shards.train_camera_ids),
-        headset_cameras=tuple(shards.headset_cameras),
-        frontal_camera_id=shards.frontal_camera_id,
-        frontal_image_hw=frontal,
-        keypoint_names=tuple(shards.keypoint_names),
-    )
 
 
 def untrained_avatar(shards: ShardSet, recipe: TrainRecipe, model_uri: str | None) -> Avatar:

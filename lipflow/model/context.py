@@ -1,8 +1,11 @@
-"""What an avatar knows of its capture: enough to be used without it."""
+"""What an avatar knows of its capture: enough to be used without it, and to know it again."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from lipflow.errors import ConfigError
 from lipflow.types import Camera, Normalization, Topology
@@ -59,3 +62,44 @@ class AvatarContext:
     def landmark_vertices(self) -> list[int]:
         """Vertex index of every keypoint."""
         return [int(self.topology.landmarks[name]) for name in self.keypoint_names]
+
+    def require_same_capture(self, found: AvatarContext, signals: Sequence[str] = (), *, cameras: bool = True) -> None:
+        """Refuse the constants of another capture than this avatar's.
+
+        Args:
+            found: what a shard set says of its capture.
+            signals: that the avatar is to be driven by with it.
+            cameras: whether its dome cameras are looked through, too.
+
+        Raises:
+            ConfigError: the mesh, the dome cameras, or what shows one of the signals is not that of this capture.
+        """
+        remedy = "give a shard set of the same capture"
+        made = "the avatar was made for"
+        expected, there = self.topology, found.topology
+        if expected.num_vertices != there.num_vertices or not np.array_equal(expected.faces, there.faces):
+            raise ConfigError(
+                f"the avatar's mesh has {expected.num_vertices} vertices, the shard set's {there.num_vertices}, or "
+                f"other faces: {remedy}"
+            )
+        if cameras and self.camera_ids != found.camera_ids:
+            raise ConfigError(
+                f"{made} {len(self.camera_ids)} cameras, the shard set has {len(found.camera_ids)}, or other cameras: "
+                f"{remedy}"
+            )
+        for signal in signals:
+            theirs = found._shown_by(signal)
+            for what, mine in self._shown_by(signal).items():
+                if mine != theirs[what]:
+                    raise ConfigError(
+                        f"{signal}: {made} {what} {mine}, the shard set has {theirs[what]}: {remedy}, or use another "
+                        "signal"
+                    )
+
+    def _shown_by(self, signal: str) -> dict[str, object]:
+        """The names of what shows a signal; images may have any size."""
+        if signal == "hmc":
+            return {"headset cameras": [camera.camera_id for camera in self.headset_cameras]}
+        if signal == "frontal":
+            return {"frontal camera": self.frontal_camera_id}
+        return {"frontal camera": self.frontal_camera_id, "keypoints": list(self.keypoint_names)}

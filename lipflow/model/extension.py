@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 from pydantic import ValidationError
 
 from lipflow.config import AvatarConfig
@@ -76,20 +75,15 @@ def with_drivers(avatar: Avatar, config: AvatarConfig, capture: AvatarContext) -
 
 def _context_with_drivers(avatar: Avatar, capture: AvatarContext) -> AvatarContext:
     own = avatar.context
-    same_mesh = np.array_equal(own.topology.faces, capture.topology.faces)
-    if own.topology.num_vertices != capture.topology.num_vertices or not same_mesh:
-        raise ConfigError(
-            f"the avatar's mesh has {own.topology.num_vertices} vertices, the shard set's "
-            f"{capture.topology.num_vertices}, or other faces: give a shard set of the same capture"
-        )
+    own.require_same_capture(capture)
     size, found = own.normalization.texture_mean.shape[-1], capture.normalization.texture_mean.shape[-1]
     if size != found:
         raise ConfigError(f"the avatar has textures of {size}, the shard set of {found} texels: shard it at {size}")
     strangers = sorted(set(capture.train_camera_ids) - set(own.train_camera_ids))
-    if own.camera_ids != capture.camera_ids or strangers:
+    if strangers:
         raise ConfigError(
-            f"the shard set has other cameras, or other training cameras ({strangers}), than those that the avatar was "
-            "trained with: give a shard set with the same split of cameras"
+            f"the shard set has training cameras ({strangers}) that the avatar was not trained with: give a shard set "
+            "with the same split of cameras"
         )
     changed = [signal for signal in avatar.signals if _constants(own, signal) != _constants(capture, signal)]
     if changed:

@@ -12,10 +12,10 @@ import time
 
 import torch
 
+from cluster.scene import open_scene
 from cluster.scoring import (
     TaskResult,
     held_out_cameras,
-    open_scene,
     score_fits,
     score_reconstructions,
     scored_cameras,

@@ -17,8 +17,8 @@ from trimesh import load_mesh
 
 from cluster import cli, command
 from cluster.frame_fits import FittingConfig, FrameFit
+from cluster.scene import context_of
 from cluster.tracking import TrackingConfig, load_table
-from cluster.training_loop import context_of
 from lipflow.checkpoint import load_avatar, save_avatar
 from lipflow.config import AvatarConfig, FitConfig
 from lipflow.fitting import fit, fit_sequence
@@ -193,7 +193,7 @@ def test_what_cannot_be_fitted_is_refused_before_ray_starts(
 def test_an_avatar_of_another_capture_is_refused(shards, tmp_path, monkeypatch, capsys):
     context = context_of(shards)
     save_avatar(Avatar(SMALL, replace(context, keypoint_names=context.keypoint_names[:-1])), tmp_path / "other")
-    arguments = [str(tmp_path / "other"), shards.uri, "--signal", "hmc", "--out", str(tmp_path / "out")]
+    arguments = [str(tmp_path / "other"), shards.uri, "--signal", "keypoints", "--out", str(tmp_path / "out")]
     assert run(monkeypatch, *arguments) == command.EXIT_USAGE
     assert "the avatar was made for keypoints" in capsys.readouterr().err
 

@@ -26,8 +26,8 @@ from cluster.sample_tasks import (
     open_spread,
 )
 from cluster.samples import random_sheet, spread_sheet, summarised
+from cluster.scene import context_of
 from cluster.tracking import TrackingConfig, open_client
-from cluster.training_loop import context_of
 from lipflow.checkpoint import load_avatar, save_avatar
 from lipflow.config import AvatarConfig, RenderConfig
 from lipflow.errors import ConfigError

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from cluster.registry import download_model
+from cluster.scene import context_of
 from cluster.tracking import PARENT_RUN_TAG, TrackingConfig, open_client
 from cluster.train import TrainSummary, train
-from cluster.training_loop import TrainRecipe, context_of
+from cluster.training_loop import TrainRecipe
 from lipflow.checkpoint import load_avatar, save_avatar
 from lipflow.config import AvatarConfig, LossConfig
 from lipflow.errors import ConfigError

@@ -16,9 +16,10 @@ import pytest
 import torch
 
 from cluster.recipe import dump_recipe
+from cluster.scene import context_of
 from cluster.tracking import TrackingConfig
 from cluster.train import train
-from cluster.training_loop import OPTIMIZER_FILE, TrainRecipe, context_of
+from cluster.training_loop import OPTIMIZER_FILE, TrainRecipe
 from lipflow.checkpoint import save_avatar
 from lipflow.config import AvatarConfig
 from lipflow.model.avatar import Avatar
