@@ -242,7 +242,7 @@ def _checked_signals(avatar: Avatar, shards: ShardSet, signals: Sequence[str]) -
     lacking = [signal for signal in signals if signal not in possible]
     if lacking:
         raise ConfigError(f"--signal {lacking[0]}: the avatar cannot be driven by it, but by {', '.join(possible)}")
-    return tuple(dict.fromkeys(signals))
+    return tuple(signal for signal in possible if signal in signals)
 
 
 def fit_command(
