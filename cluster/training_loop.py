@@ -110,6 +110,11 @@ class TrainRecipe(StrictConfig):
                 "avatar.method is dam-regressor, which is a trained dam with drivers: train one with"
                 " avatar.method=dam, then give it drivers with --add-driver and --model"
             )
+        if self.loss.no_signal_weight > 0 and not (self.avatar.has_driven_prior or self.add_drivers):
+            raise ValueError(
+                f"avatar.method is {self.avatar.method}, which has no driven prior to teach what faces are like without"
+                " a signal: leave loss.no_signal_weight out, or set avatar.method=conditional or lipflow"
+            )
         self._check_drivers()
         if self.render.backend == "cuda" and not self.use_gpu:
             raise ValueError("render.backend is cuda and use_gpu is false: set use_gpu=true, or render.backend=auto")
@@ -130,6 +135,11 @@ class TrainRecipe(StrictConfig):
             raise ValueError(f"loader.signals lacks {unread[0]}, for which a driver is to be trained: add it")
         if self.loss.latent_weight == self.loss.prior_weight == self.loss.reverse_weight == 0:
             raise ValueError("loss has no term for the new drivers: raise loss.latent_weight or loss.prior_weight")
+        if self.loss.no_signal_weight > 0:
+            raise ValueError(
+                "loss.no_signal_weight teaches an avatar's flow and encoder, and with add_drivers the drivers alone are"
+                " trained: leave it out"
+            )
 
 
 def context_of(shards: ShardSet) -> AvatarContext:

@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from lipflow.render.backend import BackendName
-from lipflow.types import DRIVING_SIGNALS
 
 Method = Literal["dam", "dam-regressor", "conditional", "lipflow", "flow-gaussian"]
 
@@ -208,7 +207,10 @@ class LossConfig(StrictConfig):
             without drivers.
         reverse_weight: of the reverse term, -log q(z | x) at those z; no such term without driven prior.
         prior_signals_per_step: how many of the present signals, drawn at random, are decoded for that term in a
-            step; an unbiased estimate of the mean over all of them.
+            step, and all where there are no more; an unbiased estimate of the mean over all of them.
+        no_signal_weight: of the estimate of KL(Q || P) with P = N(0, I) in y in every step, by which a driven prior
+            also learns what faces are like when nothing is shown; no such term without driven prior, which has its
+            ``latent_weight`` for it. Not in the papers.
         min_posterior_std: mean standard deviation of Q below which training stops: its samples then say nothing
             about their neighbourhood any more. 0 lets it go on.
     """
@@ -220,7 +222,8 @@ class LossConfig(StrictConfig):
     latent_estimate: Literal["kl", "likelihood"] = "kl"
     prior_weight: float = Field(1.0, ge=0)
     reverse_weight: float = Field(0.0, ge=0)
-    prior_signals_per_step: int = Field(1, ge=1, le=len(DRIVING_SIGNALS))
+    prior_signals_per_step: int = Field(1, ge=1)
+    no_signal_weight: float = Field(0.0, ge=0)
     min_posterior_std: float = Field(1e-3, ge=0)
 
 

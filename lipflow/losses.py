@@ -18,13 +18,17 @@ latent
     without any signal takes P = N(0, I) in y, and so does ``flow-gaussian`` always. ``dam-regressor``: the squared
     error of the regressed z to Q's mean in units of Q's standard deviations, which counts what the decoder tells apart,
     with the same means.
+latent_none
+    The same estimate with P = N(0, I) in y whatever the frames show, divided by D, mean over frames: what a driven
+    prior learns of faces without any signal. It has a weight of its own and is no part of ``latent``.
 prior_image, prior_geometry
     As image and geometry, decoded from z = f^-1(y), y ~ P(. | h), or from the regressed z, over the frames that show
     the signal; mean over the signals drawn in this step.
 reverse
     -log q(z | x) / D at the same z, mean over frames and drawn signals as they.
 
-A driver that is added to a trained avatar has no image, geometry and average_texture terms: they do not depend on it.
+A driver that is added to a trained avatar has no image, geometry, average_texture and latent_none terms: they do not
+depend on it.
 
 Diagnostics are no part of the loss
 -----------------------------------
@@ -115,6 +119,8 @@ def training_loss(
     z = posterior.sample(generator)
     driven = _drive(avatar, batch, avatar.signals, generator)
     terms, diagnostics = _latent_terms(avatar, posterior, z, driven, config)
+    if config.no_signal_weight > 0 and avatar.config.has_driven_prior:
+        terms["latent_none"] = _no_signal_term(avatar, posterior, z, config)
     latents, weights = _prior_latents(avatar, driven, config, generator)
     if config.reverse_weight > 0 and latents:
         terms["reverse"] = _reverse_term(posterior, latents, weights)
@@ -198,6 +204,7 @@ def _weighted(
         "geometry": config.geometry_weight,
         "average_texture": config.average_texture_weight,
         "latent": config.latent_weight,
+        "latent_none": config.no_signal_weight,
         "prior_image": config.prior_weight * config.image_weight,
         "prior_geometry": config.prior_weight * config.geometry_weight,
         "reverse": config.reverse_weight,
@@ -246,10 +253,9 @@ def _latent_terms(
     frames, dimensions = z.shape
     if avatar.config.method == "dam":
         return {"latent": posterior.kl_to_standard() / (dimensions * frames)}, {}
-    log_posterior = 0.0 if config.latent_estimate == "likelihood" else -posterior.entropy()
     if not driven:
-        divergence = log_posterior - avatar.log_prior(z, DiagonalGaussian.standard(z))
-        return {"latent": divergence / (dimensions * frames)}, {}
+        return {"latent": _no_signal_term(avatar, posterior, z, config)}, {}
+    log_posterior = _log_posterior(posterior, config)
     terms, diagnostics = {}, {}
     for name, signal in driven.items():
         shown = signal.present.sum().clamp(min=1)
@@ -264,6 +270,16 @@ def _latent_terms(
         diagnostics[f"prior_residual_rms_{name}"] = (torch.where(signal.present, square, 0.0).sum() / shown).sqrt()
     latent = torch.stack(list(terms.values())).mean(0)
     return {"latent": latent} | {name: values.detach() for name, values in terms.items()}, diagnostics
+
+
+def _no_signal_term(avatar: Avatar, posterior: DiagonalGaussian, z: Tensor, config: LossConfig) -> Tensor:
+    divergence = _log_posterior(posterior, config) - avatar.log_prior(z, DiagonalGaussian.standard(z))
+    return divergence / z.numel()
+
+
+def _log_posterior(posterior: DiagonalGaussian, config: LossConfig) -> Tensor | float:
+    """E_Q[log q], ``(B,)``; nothing where the likelihood alone is estimated."""
+    return 0.0 if config.latent_estimate == "likelihood" else -posterior.entropy()
 
 
 def _reverse_term(posterior: DiagonalGaussian, latents: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:

@@ -4,8 +4,8 @@
     with a signal h    y ~ P(. | h), z = f^-1(y)
 
 Without a flow z = y, so that ``dam`` draws z ~ N(0, I). For ``dam`` and ``flow-gaussian`` N(0, I) is what training has
-matched to all faces. Methods with drivers match it only in batches that show no signal; where every frame of the
-training showed one, their N(0, I) in y is a convention and no model of faces.
+matched to all faces. Methods with a driven prior match it where ``LossConfig.no_signal_weight`` asks for it, or in
+batches that show no signal; trained without either, their N(0, I) in y is a convention and no model of faces.
 """
 
 from __future__ import annotations

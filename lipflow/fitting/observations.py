@@ -18,22 +18,21 @@ keypoints
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d
 
 from lipflow.config import FitConfig
+from lipflow.errors import LipflowError
 from lipflow.model.avatar import Avatar
 from lipflow.model.color import solve_gain_bias
 from lipflow.model.drivers import SeenViews, frontal_view, headset_views, landmark_residuals_mm, seen_keypoints
+from lipflow.render.outline import over_photo
 from lipflow.render.renderer import Renderer
 from lipflow.types import DrivingSignals, colour_planes
 
 _REWEIGHTINGS = 4
-
-_BACKGROUND_PX = 2
-"""How far from a pixel of the outline its background is looked for."""
 
 _LEAST_COVERAGE = 0.25
 """Smallest share of a pixel by which its colour is divided; where something is seen it is seldom below 1/2."""
@@ -61,8 +60,13 @@ def observed_error(
         config: cutoffs and noise.
 
     Raises:
-        LipflowError: ``driving`` lacks a signal.
+        LipflowError: ``driving`` lacks a signal, or nothing is known of what one shows.
     """
+    unknown = [name for name in signals if name not in _OBSERVED]
+    if unknown:
+        raise LipflowError(
+            f"no fit can be made to {unknown[0]}: what it shows of a face is unknown; fit to {', '.join(_OBSERVED)}"
+        )
     return torch.stack([_OBSERVED[name](avatar, renderer, driving, z, config) for name in signals]).sum(0)
 
 
@@ -126,23 +130,12 @@ def _photometric(
         gain, bias = _best_colors(image.detach(), target, weight, limit)
         image = image * gain[..., None, None] + bias[..., None, None]
     if config.antialias:
-        image = covered * image + (1 - covered) * _background(target, rendered.mask)
+        image = over_photo(replace(rendered, image=covered * image), target)
     squared = (image - target).square()
     if limit is not None:
         squared = squared / (1 + squared / limit)
     error = squared.mean(2) / avatar.texture_std**2
     return (weight * error).sum((1, 2, 3)) / weight.sum((1, 2, 3)).clamp(min=1e-6)
-
-
-def _background(target: Tensor, mask: Tensor) -> Tensor:
-    """``(B, K, C, H, W)`` what lies behind the outline: the mean of the photo's pixels just outside of the mask.
-
-    Over black instead, the outline would be drawn to wherever the photo's own background is hidden.
-    """
-    outside = (~mask).to(target.dtype).flatten(0, 1)[:, None]
-    total = avg_pool2d(outside * target.flatten(0, 1), 2 * _BACKGROUND_PX + 1, 1, _BACKGROUND_PX)
-    share = avg_pool2d(outside, 2 * _BACKGROUND_PX + 1, 1, _BACKGROUND_PX)
-    return (total / share.clamp(min=1e-6)).unflatten(0, mask.shape[:2])
 
 
 def _contrast(target: Tensor, weight: Tensor) -> Tensor:

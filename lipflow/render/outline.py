@@ -1,7 +1,8 @@
 """What an antialiased rendering is compared with: its silhouettes over the photo's own background.
 
 The renderer blends silhouettes over black. A photo shows there what lies behind the face, and where that is not black
-a loss would draw the outline, and the texture beside it, to wherever the difference is least.
+a loss would draw the outline, and the texture beside it, to wherever the difference is least. Training and fitting
+compare the same.
 """
 
 from __future__ import annotations

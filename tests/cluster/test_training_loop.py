@@ -141,6 +141,10 @@ def test_methods_without_drivers_refuse_the_terms_that_need_one():
         TrainRecipe(avatar={"method": method})
         with pytest.raises(ValidationError, match=rf"avatar\.method is {method}.*loss\.reverse_weight"):
             TrainRecipe(avatar={"method": method}, loss={"reverse_weight": 0.1})
+        with pytest.raises(ValidationError, match=rf"avatar\.method is {method}.*loss\.no_signal_weight"):
+            TrainRecipe(avatar={"method": method}, loss={"no_signal_weight": 0.1})
+    for method in ("conditional", "lipflow"):
+        assert TrainRecipe(avatar={"method": method}, loss={"no_signal_weight": 0.1})
     with pytest.raises(ValidationError, match=r"loss\.latent_estimate"):
         TrainRecipe(avatar={"method": "dam"}, loss={"latent_estimate": "likelihood"})
     assert TrainRecipe(avatar={"method": "flow-gaussian"}, loss={"latent_estimate": "likelihood"})
@@ -155,6 +159,7 @@ def test_methods_without_drivers_refuse_the_terms_that_need_one():
         ({"add_drivers": ["voice"], "model": "m"}, "add_drivers.0"),
         ({"add_drivers": ["hmc"], "model": "m", "loader": {"signals": ["keypoints"]}}, r"loader\.signals lacks hmc"),
         ({"add_drivers": ["hmc"], "model": "m", "loss": {"latent_weight": 0, "prior_weight": 0}}, "has no term"),
+        ({"add_drivers": ["hmc"], "model": "m", "loss": {"no_signal_weight": 1}}, "the drivers alone are trained"),
         ({"avatar": {"method": "dam-regressor"}}, "train one with avatar.method=dam, then give it drivers"),
         ({"avatar": {"method": "dam"}, "loss": {"reverse_weight": 1}}, "avatar.method is dam, whose prior"),
         (

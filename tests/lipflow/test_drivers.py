@@ -1,59 +1,19 @@
-"""The driving encoders: what is absent has no influence, what is there has; limits, dropout, fusion, own signals."""
+"""The driving encoders: what is absent has no influence, what is there has; dropout, statistics."""
 
 import dataclasses
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from lipflow.checkpoint import load_avatar, save_avatar
-from lipflow.config import AvatarConfig, FitConfig, LossConfig
-from lipflow.errors import ConfigError, LipflowError
-from lipflow.fitting import fit
-from lipflow.losses import training_loss
-from lipflow.model import drivers
+from lipflow.config import AvatarConfig
+from lipflow.errors import LipflowError
 from lipflow.model.avatar import Avatar
-from lipflow.model.drivers import signal as register_module
 from lipflow.model.drivers.hiding import hide_at_random
 from lipflow.model.drivers.masked_set import MaskedSetEncoder
-from lipflow.model.gaussian import DiagonalGaussian, product_of_gaussians
+from lipflow.render.camera import project_through_lens
 from lipflow.types import DrivingSignals, map_tensors
-
-SIGNALS = ("hmc", "frontal", "keypoints")
-
-
-def same(first, second) -> bool:
-    return torch.equal(first.mean, second.mean) and torch.equal(first.log_std, second.log_std)
-
-
-def copied(driving: DrivingSignals) -> DrivingSignals:
-    return map_tensors(driving, torch.Tensor.clone)
-
-
-def without(driving: DrivingSignals, signal: str, frame: int, part: int) -> DrivingSignals:
-    """One view or landmark, or the only image, marked absent."""
-    driving = copied(driving)
-    if signal == "hmc":
-        driving.hmc_present[frame, part] = False
-    elif signal == "frontal":
-        driving.frontal_present[frame] = False
-    else:
-        driving.keypoints[frame, part, 2] = 0
-    return driving
-
-
-def refilled(driving: DrivingSignals, signal: str, frame: int, part: int) -> DrivingSignals:
-    """Something else in the same place; for landmarks not even a number."""
-    driving = copied(driving)
-    if signal == "hmc":
-        driving.hmc_images[frame, part] = 255 - driving.hmc_images[frame, part]
-    elif signal == "frontal":
-        driving.frontal_images[frame] = 255 - driving.frontal_images[frame]
-    else:
-        driving.keypoints[frame, part, :2] = torch.nan if driving.keypoints[frame, part, 2] == 0 else 30.0
-    return driving
+from tests.lipflow.driving_scenes import SIGNALS, refilled, same, without
 
 
 def gradients(avatar: Avatar, signal: str, driving: DrivingSignals) -> dict[str, torch.Tensor]:
@@ -179,7 +139,7 @@ def test_a_missing_landmark_is_no_landmark_at_its_mean_place(make_avatar, batch)
     """What a zero in place of a missing landmark would say."""
     avatar, driving = make_avatar(), batch.driving
     mean = avatar.drivers["keypoints"].mean_landmarks
-    driving.keypoints[..., :2] = drivers.keypoints.project_through_lens(mean, driving.frontal_cameras)[0]
+    driving.keypoints[..., :2] = project_through_lens(mean, driving.frontal_cameras)[0]
     missing = avatar.prior("keypoints", without(driving, "keypoints", 0, 1))
     assert (missing.mean[0] - avatar.prior("keypoints", driving).mean[0]).abs().max() > 1e-3
 
@@ -259,182 +219,6 @@ def test_measured_driving_images_have_zero_mean_and_unit_spread(make_avatar, bat
     avatar.measure_driving(driving)
     assert torch.equal(driver.normalize.mean, before)
     assert "drivers.hmc.normalize.mean" in avatar.state_dict()
-
-
-LIMITS = {"hmc": {"headset_views": ("right-mouth",)}, "keypoints": {"keypoints": ("chin", "right")}}
-"""Views 1 of 2, and landmarks 1 and 3 of 4; part 0 is hidden."""
-
-
-@pytest.mark.parametrize("signal", ["hmc", "keypoints"])
-@pytest.mark.parametrize("method", ["dam", "conditional", "lipflow"])
-def test_neither_driver_nor_fit_sees_what_the_config_hides(make_avatar, renderer, batch, method, signal):
-    """Bit for bit; the same without a limit differs."""
-    limited, free = make_avatar(method=method, **LIMITS[signal]), make_avatar(method=method)
-    seen = batch.driving
-    other = refilled(refilled(seen, signal, 0, 0), signal, 1, 0)
-    config = FitConfig(iterations=2)
-    for avatar, equal in ((limited, True), (free, False)):
-        first, second = (fit(avatar, renderer, it, signal, config) for it in (seen, other))
-        assert torch.equal(first.z, second.z) is equal
-        assert torch.equal(first.observed_trace, second.observed_trace) is equal
-        if method != "dam":
-            assert same(*(avatar.fused_prior([signal], it) for it in (seen, other))) is equal
-            assert torch.equal(*(avatar.start_from([signal], it) for it in (seen, other))) is equal
-
-
-def test_statistics_of_driving_images_leave_out_hidden_views(make_avatar, batch):
-    avatar, free = make_avatar(**LIMITS["hmc"]), make_avatar()
-    spreads = []
-    darkened = copied(batch.driving)
-    darkened.hmc_images[0, 0] = 0
-    for driving in (batch.driving, darkened):
-        for it in (avatar, free):
-            it.measure_driving(driving)
-            spreads.append(it.drivers["hmc"].normalize.spread.item())
-    assert spreads[0] == spreads[2]
-    assert spreads[1] != spreads[3]
-
-
-def test_a_limit_marks_as_absent_changes_nothing_else_and_nothing_twice(make_avatar, batch):
-    avatar, seen = make_avatar(**LIMITS["hmc"], **LIMITS["keypoints"]), copied(batch.driving)
-    visible = avatar.visible(batch.driving)
-    assert visible.hmc_present.tolist() == [[False, True]] * 2
-    assert (visible.keypoints[..., 2] > 0).tolist() == [[False, True, False, True]] * 2
-    assert torch.equal(visible.keypoints[..., :2], seen.keypoints[..., :2])
-    assert visible.hmc_images is batch.driving.hmc_images
-    assert torch.equal(batch.driving.hmc_present, seen.hmc_present)
-    assert torch.equal(batch.driving.keypoints, seen.keypoints)
-    again = avatar.visible(visible)
-    assert torch.equal(again.hmc_present, visible.hmc_present)
-    assert torch.equal(again.keypoints, visible.keypoints)
-    assert make_avatar().visible(batch.driving) is batch.driving
-
-
-def test_frames_that_show_only_what_is_hidden_are_frames_without_the_signal(make_avatar, renderer, batch, generator):
-    avatar, driving = make_avatar(signals=("hmc", "keypoints"), **LIMITS["hmc"], **LIMITS["keypoints"]), batch.driving
-    driving.hmc_present[0, 1] = False
-    driving.keypoints[0, [1, 3], 2] = 0
-    for signal in ("hmc", "keypoints"):
-        prior = avatar.prior(signal, driving)
-        assert not prior.mean[0].any()
-        assert avatar.presence(signal, driving).tolist() == [False, True]
-    assert not avatar.fused_prior(("hmc", "keypoints"), driving).mean[0].any()
-    terms = training_loss(avatar, renderer, batch, LossConfig(), generator).terms
-    alone = map_tensors(batch, lambda tensor: tensor[1:])
-    assert terms["latent_hmc"].isfinite()
-    assert alone.driving.hmc_present.all(1).tolist() == [True]
-
-
-def test_limits_that_do_not_fit_are_refused_with_what_the_capture_offers(make_avatar, context):
-    with pytest.raises(ConfigError, match=r"headset_views lists eyes, which .*: choose from left-mouth, right-mouth"):
-        make_avatar(headset_views=("eyes", "left-mouth"))
-    with pytest.raises(ConfigError, match=r"keypoints lists ear, .*: choose from nose, chin, left, right"):
-        make_avatar(method="dam", keypoints=("ear",))
-    bare = dataclasses.replace(context, headset_cameras=())
-    with pytest.raises(ConfigError, match=r"headset_views lists left-mouth, .* it offers none, leave it out"):
-        Avatar(make_avatar(headset_views=("left-mouth",)).config, bare)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"headset_views": ()}, "at least 1 item"),
-        ({"keypoints": ("chin", "chin")}, "keypoints lists a name twice"),
-        ({"signals": ("hmc", "hmc")}, "signals lists a name twice"),
-        ({"signals": ("hmc",), "keypoints": ("chin",)}, "keypoints limits keypoints, which signals leaves out"),
-        ({"signals": ("hcm",)}, "no driving signal 'hcm': choose from hmc, frontal, keypoints"),
-    ],
-)
-def test_bad_driver_configs_are_refused_when_built(changes, message):
-    with pytest.raises(ValueError, match=message):
-        AvatarConfig(**changes)
-
-
-def test_an_eyes_only_avatar_survives_its_checkpoint(make_avatar, batch, tmp_path):
-    avatar = make_avatar(**LIMITS["hmc"])
-    save_avatar(avatar, tmp_path / "avatar")
-    loaded = load_avatar(tmp_path / "avatar")
-    assert loaded.config.headset_views == ("right-mouth",)
-    assert same(avatar.prior("hmc", batch.driving), loaded.prior("hmc", batch.driving))
-
-
-def test_fused_prior_leaves_out_absent_signals_frame_by_frame(make_avatar, batch):
-    avatar, driving = make_avatar(), batch.driving
-    driving.frontal_present[0] = False
-    fused, alone = avatar.fused_prior(("frontal", "keypoints"), driving), avatar.prior("keypoints", driving)
-    torch.testing.assert_close(fused.mean[0], alone.mean[0])
-    assert (fused.log_std[1] < alone.log_std[1]).all()
-
-
-def test_several_signals_leave_the_prior_of_a_dam_standard(make_avatar, batch):
-    """It is one prior, not an expert for each signal."""
-    prior = make_avatar(method="dam").fused_prior(("hmc", "frontal", "keypoints"), batch.driving)
-    assert not prior.mean.any()
-    assert not prior.log_std.any()
-
-
-@pytest.mark.parametrize("absent", [(), (0,), (0, 2)])
-def test_product_of_gaussians_is_the_product_of_densities_on_a_grid(absent):
-    """Mean and std of the normalised product, summed over 200,001 points in float64; measured worst case 5e-15."""
-    means = torch.tensor([[-0.7, 0.4], [1.1, 0.2], [0.3, -2.0]], dtype=torch.float64)
-    log_stds = torch.tensor([[-0.5, 1.2], [0.3, -1.5], [0.9, 0.0]], dtype=torch.float64)
-    experts = [DiagonalGaussian(mean, log_std) for mean, log_std in zip(means, log_stds, strict=True)]
-    present = [torch.tensor(index not in absent) for index in range(3)]
-    product = product_of_gaussians(experts, present)
-    grid = torch.linspace(-60, 60, 200_001, dtype=torch.float64)
-    for axis in range(2):
-        log_density = torch.zeros_like(grid)
-        for mean, log_std, seen in zip(means[:, axis], log_stds[:, axis], present, strict=True):
-            if seen:
-                log_density += torch.distributions.Normal(mean, log_std.exp()).log_prob(grid)
-        mass = torch.softmax(log_density, 0)
-        mean = (mass * grid).sum()
-        std = (mass * (grid - mean).square()).sum().sqrt()
-        torch.testing.assert_close(product.mean[axis], mean, atol=1e-10, rtol=0)
-        torch.testing.assert_close(product.log_std[axis].exp(), std, atol=1e-10, rtol=0)
-
-
-@pytest.fixture
-def own_signal(monkeypatch):
-    """The room of drivers with one more file in it."""
-    folder = Path(__file__).parent / "own_signal"
-    monkeypatch.setattr(drivers, "__path__", [*drivers.__path__, str(folder)])
-    monkeypatch.setattr(register_module, "_REGISTERED", dict(register_module._REGISTERED))
-    drivers.import_signals()
-    yield "lip-opening"
-    del sys.modules["lipflow.model.drivers.lip_opening"]
-
-
-def test_a_new_signal_is_one_file(own_signal, context, make_avatar, renderer, batch, generator, tmp_path):
-    """Offered, configured, trained, fused and saved by its name alone."""
-    assert context.offered_signals == (*SIGNALS, own_signal)
-    assert make_avatar().signals == (*SIGNALS, own_signal)
-    avatar = make_avatar(signals=("hmc", own_signal))
-    loss = training_loss(avatar, renderer, batch, LossConfig(prior_signals_per_step=2), generator)
-    loss.total.backward()
-    assert loss.terms[f"latent_{own_signal}"].isfinite()
-    assert all(p.grad.abs().max() > 0 for p in avatar.drivers[own_signal].parameters())
-    driving = without(batch.driving, "keypoints", 0, 1)
-    assert not avatar.prior(own_signal, driving).mean[0].any()
-    fused = avatar.fused_prior(("hmc", own_signal), driving)
-    assert same(map_rows(fused, 0), map_rows(avatar.fused_prior(("hmc",), driving), 0))
-    assert not same(map_rows(fused, 1), map_rows(avatar.prior("hmc", driving), 1))
-    save_avatar(avatar, tmp_path / "avatar")
-    assert same(load_avatar(tmp_path / "avatar").prior(own_signal, driving), avatar.prior(own_signal, driving))
-
-
-def map_rows(gaussian: DiagonalGaussian, row: int) -> DiagonalGaussian:
-    return DiagonalGaussian(gaussian.mean[row], gaussian.log_std[row])
-
-
-def test_a_name_is_registered_once(own_signal):
-    with pytest.raises(LipflowError, match="'lip-opening' already"):
-        drivers.register(drivers.find_signal(own_signal))
-
-
-def test_without_its_file_a_signal_is_unknown(make_avatar, batch):
-    with pytest.raises(LipflowError, match="no driving signal 'lip-opening': choose from hmc, frontal, keypoints"):
-        make_avatar().prior("lip-opening", batch.driving)
 
 
 def test_patches_of_landmarks_are_near_on_the_mean_face(make_avatar):

@@ -225,6 +225,62 @@ def test_without_signals_the_flow_prior_stands_in(make_avatar, renderer, batch):
     assert "prior_image" not in loss.terms
 
 
+@pytest.mark.parametrize("method", ["conditional", "lipflow"])
+def test_no_signal_term_is_the_kl_to_n01_in_y_by_hand(make_avatar, renderer, batch, method):
+    """At f = identity: the mean over frames and dimensions of z^2 / 2 - 1 / 2 - log std."""
+    avatar = make_avatar(method=method)
+    for parameter in avatar.flow.parameters():
+        parameter.data.zero_()
+    loss = training_loss(avatar, renderer, batch, LossConfig(no_signal_weight=0.2), seeded())
+    posterior = avatar.encode(batch.vertices, batch.average_texture)
+    z = posterior.sample(seeded())
+    by_hand = (z.square() / 2 - 0.5 - posterior.log_std).mean()
+    torch.testing.assert_close(loss.terms["latent_none"], by_hand.detach())
+
+
+@pytest.mark.parametrize("estimate", ["kl", "likelihood"])
+def test_no_signal_term_has_a_weight_of_its_own_and_changes_no_other(make_avatar, renderer, batch, estimate):
+    """The frames show all signals; the conditional flow sees what it sees where nothing is shown."""
+    avatar = make_avatar(flow_conditional=True)
+    for parameter in avatar.flow.parameters():
+        parameter.data += 0.3 * torch.randn(parameter.shape, generator=seeded())
+    without, taught = (
+        training_loss(avatar, renderer, batch, LossConfig(latent_estimate=estimate, no_signal_weight=weight), seeded())
+        for weight in (0.0, 0.2)
+    )
+    bare = dataclasses.replace(batch, driving=DrivingSignals())
+    expected = training_loss(avatar, renderer, bare, LossConfig(latent_estimate=estimate), seeded()).terms["latent"]
+    assert torch.equal(taught.terms["latent_none"], expected)
+    assert "latent_none" not in without.terms
+    assert {name: value for name, value in taught.terms.items() if name != "latent_none"} == without.terms
+    torch.testing.assert_close(taught.total, without.total + 0.2 * expected)
+
+
+def test_no_signal_term_teaches_flow_and_encoder_and_no_driver(make_avatar, renderer, batch):
+    avatar = make_avatar()
+    config = LossConfig(image_weight=0, geometry_weight=0, latent_weight=0, prior_weight=0, no_signal_weight=1.0)
+    training_loss(avatar, renderer, batch, config, seeded()).total.backward()
+    for coupling in avatar.flow.couplings:
+        assert coupling.hyper[-1].weight.grad.abs().max() > 0
+    assert avatar.encoder.head.bias.grad.abs().min() > 0
+    assert not any(parameter.grad is not None and parameter.grad.any() for parameter in avatar.drivers.parameters())
+
+
+def test_without_driven_prior_there_is_no_no_signal_term(make_avatar, renderer, batch):
+    for method in ("dam", "flow-gaussian"):
+        config = LossConfig(no_signal_weight=0.2)
+        assert "latent_none" not in training_loss(make_avatar(method=method), renderer, batch, config, seeded()).terms
+
+
+def test_more_signals_than_there_are_may_be_asked_for_a_step(make_avatar, renderer, batch):
+    avatar = make_avatar(driver_dropout=0.0)
+    totals = [
+        training_loss(avatar, renderer, batch, LossConfig(prior_signals_per_step=count), seeded()).total
+        for count in (3, 9)
+    ]
+    assert torch.equal(*totals)
+
+
 def test_prior_reconstruction_reaches_the_drivers_mean_and_spread(make_avatar, renderer, batch):
     avatar = make_avatar(signals=("hmc",))
     config = LossConfig(latent_weight=0, image_weight=0)

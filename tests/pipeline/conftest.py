@@ -14,6 +14,7 @@ from pipeline.dome.writer import DomeConfig, write_dome
 from pipeline.manifest import Manifest
 from pipeline.sharding.shards import ShardConfig, write_shards
 from pipeline.storage import s3 as storage_s3
+from tests.pipeline import ava256_capture, ava256_layout
 
 SHARD_CONFIG = ShardConfig(frames_per_shard=4)
 
@@ -66,6 +67,20 @@ def manifest(shards_folder: Path) -> Manifest:
 def own_shards_folder(shards_folder: Path, tmp_path: Path) -> Path:
     """A copy of the shard set that a test may damage."""
     return Path(shutil.copytree(shards_folder, tmp_path / "shards"))
+
+
+@pytest.fixture(scope="session")
+def ava256_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small capture in the layout of Ava-256. Not to be changed."""
+    folder = tmp_path_factory.mktemp("set") / "capture"
+    ava256_layout.write_ava256(folder, ava256_capture.CONFIG, ava256_capture.DISTORTION)
+    return folder
+
+
+@pytest.fixture
+def own_ava256_folder(ava256_folder: Path, tmp_path: Path) -> Path:
+    """A copy of it that a test may damage."""
+    return Path(shutil.copytree(ava256_folder, tmp_path / "set/capture"))
 
 
 @pytest.fixture

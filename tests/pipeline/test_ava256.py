@@ -1,63 +1,29 @@
-"""The Ava-256 reader on a capture in the exact public layout, and on ones that are broken in one way each."""
+"""The Ava-256 reader on a capture in the exact public layout."""
 
 import io
 import json
 import pickle
-import re
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from lipflow.errors import CaptureError, LipflowError
+from lipflow.errors import CaptureError
 from pipeline import storage, zip_index
 from pipeline.capture import Capture, CaptureFrame, HeadsetSequence, require_pinhole
-from pipeline.capture_errors import (
-    ArchiveBombError,
-    DamagedArchiveError,
-    ImageSizeError,
-    MissingFileError,
-    PoseNotRigidError,
-    VertexCountError,
-    VertexNotFiniteError,
-)
 from pipeline.captures.ava256 import SEGMENTATION_CLASSES, Ava256Capture
 from pipeline.captures.goliath import refuse_goliath
 from pipeline.captures.headset_sequence import HEADSET_CAMERA_IDS
 from pipeline.dome.scene import dome_scene, synthesise_frame
 from pipeline.images.codecs import CodecError, decode_any_image
 from tests.pipeline import ava256_layout as layout
-
-CONFIG = layout.LAYOUT_CONFIG.model_copy(update={"missing_fraction": 0.2, "seed": 3})
-DISTORTION = (-0.073, 0.044, -0.0034, 0.003)
-CAMERA = "400001"
+from tests.pipeline.ava256_capture import CAMERA, CONFIG, DISTORTION, change_member, faults, first_frame
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three cameras, two segments of two frames, some views missing. Not to be changed."""
-    folder = tmp_path_factory.mktemp("set") / "capture"
-    layout.write_ava256(folder, CONFIG, DISTORTION)
-    return folder
-
-
-@pytest.fixture
-def own(folder: Path, tmp_path: Path) -> Path:
-    """A copy that a test may damage."""
-    return Path(shutil.copytree(folder, tmp_path / "set/capture"))
-
-
-@pytest.fixture(scope="module")
-def capture(folder: Path) -> Ava256Capture:
-    return Ava256Capture(str(folder))
-
-
-def change_member(path: Path, name: str, body: bytes | None) -> None:
-    """Put other bytes in the place of a zip's member, or take it out."""
-    members = layout.read_zip(path) | {name: body or b""}
-    layout.write_zip(path, {key: value for key, value in members.items() if key != name or body is not None})
+def capture(ava256_folder: Path) -> Ava256Capture:
+    return Ava256Capture(str(ava256_folder))
 
 
 def pixels(body: bytes | None) -> np.ndarray:
@@ -65,29 +31,11 @@ def pixels(body: bytes | None) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
-def faults(capture: Ava256Capture) -> dict[str, LipflowError]:
-    """What checking everything finds, by the name of the file."""
-    frames = [(segment, stem) for segment, stems in capture.segments.items() for stem in stems]
-    assets = [*capture.shared_assets(), *(asset for frame in frames for asset in capture.frame(*frame).assets())]
-    found: dict[str, LipflowError] = {}
-    for asset in assets:
-        try:
-            asset.check()
-        except LipflowError as error:
-            found[asset.source.removeprefix(f"{capture.uri}/")] = error
-    return found
-
-
 def test_capture_and_its_parts_are_what_the_protocols_say(capture):
     assert isinstance(capture, Capture)
     assert isinstance(capture.frame(*first_frame(capture)), CaptureFrame)
     assert isinstance(capture.headset_sequence, HeadsetSequence)
     assert capture.layout == "ava256"
-
-
-def first_frame(capture: Ava256Capture) -> tuple[str, str]:
-    segment = next(iter(capture.segments))
-    return segment, capture.segments[segment][0]
 
 
 def test_every_file_reads_back(capture):
@@ -137,12 +85,12 @@ def test_cameras_are_those_of_the_dome_scaled_from_the_sensor(capture):
         require_pinhole(capture.cameras, "calibration")
 
 
-def test_vertex_projects_to_the_sensors_pixel_over_the_scale(folder, capture):
+def test_vertex_projects_to_the_sensors_pixel_over_the_scale(ava256_folder, capture):
     """By hand, as the public demo does: K_full [R|t] headpose v, over the factor by which images were reduced."""
     frame = capture.frame(*first_frame(capture))
     vertex = frame.vertices()[1234].astype(np.float64)
     for entry, camera in zip(
-        json.loads((folder / "decoder/camera_calibration.json").read_text())["KRT"], capture.cameras, strict=True
+        json.loads((ava256_folder / "decoder/camera_calibration.json").read_text())["KRT"], capture.cameras, strict=True
     ):
         world = frame.world_from_head() @ np.append(vertex, 1.0)
         ours = camera.intrinsics @ (camera.cam_from_world @ np.append(world, 1.0))
@@ -152,23 +100,23 @@ def test_vertex_projects_to_the_sensors_pixel_over_the_scale(folder, capture):
         np.testing.assert_allclose(ours[:2] / ours[2], expected, rtol=1e-12)
 
 
-def test_one_odd_image_does_not_decide_the_cameras_size(own):
-    first = own / f"decoder/image/cam{CAMERA}.zip"
+def test_one_odd_image_does_not_decide_the_cameras_size(own_ava256_folder):
+    first = own_ava256_folder / f"decoder/image/cam{CAMERA}.zip"
     change_member(first, f"cam{CAMERA}/000120.avif", layout.avif_bytes(np.zeros((64, 41, 3), np.uint8)))
-    assert Ava256Capture(str(own)).cameras[0].image_size_hw == (128, 83)
+    assert Ava256Capture(str(own_ava256_folder)).cameras[0].image_size_hw == (128, 83)
     change_member(first, f"cam{CAMERA}/000120.avif", b"no image")
-    assert Ava256Capture(str(own)).cameras[0].image_size_hw == (128, 83)
+    assert Ava256Capture(str(own_ava256_folder)).cameras[0].image_size_hw == (128, 83)
     for number in (1, 2, 3):
-        layout.write_zip(own / f"decoder/image/cam40000{number}.zip", {"000120.avif": b"no image"})
+        layout.write_zip(own_ava256_folder / f"decoder/image/cam40000{number}.zip", {"000120.avif": b"no image"})
     with pytest.raises(CodecError, match=r"cam400001\.zip!000120\.avif: not a readable image"):
-        _ = Ava256Capture(str(own)).cameras
+        _ = Ava256Capture(str(own_ava256_folder)).cameras
     for number in (1, 2, 3):
-        layout.write_zip(own / f"decoder/image/cam40000{number}.zip", {})
+        layout.write_zip(own_ava256_folder / f"decoder/image/cam40000{number}.zip", {})
     with pytest.raises(CaptureError, match="no image tells the cameras' resolution"):
-        _ = Ava256Capture(str(own)).cameras
+        _ = Ava256Capture(str(own_ava256_folder)).cameras
 
 
-def test_topology_and_statistics_are_read(folder, capture):
+def test_topology_and_statistics_are_read(ava256_folder, capture):
     face = dome_scene(CONFIG).face.topology
     np.testing.assert_array_equal(capture.topology.faces, face.faces)
     np.testing.assert_array_equal(capture.topology.uvs, face.uvs)
@@ -231,16 +179,16 @@ def test_listing_and_assets_name_exactly_what_is_there(capture):
     assert [asset.source for asset in capture.shared_assets() if asset.source.endswith(".zip")].__len__() == 4 + 6 + 5
 
 
-def test_addresses_of_members_name_archive_and_member(capture, folder):
+def test_addresses_of_members_name_archive_and_member(capture, ava256_folder):
     frame = capture.frame(*first_frame(capture))
-    decoder = f"file://{folder}/decoder"
+    decoder = f"file://{ava256_folder}/decoder"
     assert frame.source_of("image", CAMERA) == f"{decoder}/image/cam{CAMERA}.zip!cam{CAMERA}/000120.avif"
     assert frame.source_of("vertices") == f"{decoder}/kinematic_tracking/registration_vertices.zip!000120.ply"
-    assert frame.source_of("keypoints") == f"file://{folder} (no keypoints in this layout)"
+    assert frame.source_of("keypoints") == f"file://{ava256_folder} (no keypoints in this layout)"
     assert sorted(SEGMENTATION_CLASSES) == list(range(1, 11))
 
 
-def test_each_zip_is_opened_once_for_two_captures_in_a_process(own, monkeypatch):
+def test_each_zip_is_opened_once_for_two_captures_in_a_process(own_ava256_folder, monkeypatch):
     """And each member is one request."""
     zip_index._cache.clear()
     requests: list[str] = []
@@ -252,7 +200,7 @@ def test_each_zip_is_opened_once_for_two_captures_in_a_process(own, monkeypatch)
 
     monkeypatch.setattr(storage, "read_range", counted)
     for already in (0, 1):
-        capture = Ava256Capture(str(own))
+        capture = Ava256Capture(str(own_ava256_folder))
         for segment in capture.segments:
             capture.listing(segment)
         assert len(requests) == (2 if already else 6 + 2), "six directories once, and two probes for the images' size"
@@ -264,10 +212,10 @@ def test_each_zip_is_opened_once_for_two_captures_in_a_process(own, monkeypatch)
         requests.clear()
 
 
-def test_capture_on_s3_and_the_decoder_folder_alone_read_the_same(folder, capture, s3_server):
+def test_capture_on_s3_and_the_decoder_folder_alone_read_the_same(ava256_folder, capture, s3_server):
     uri = s3_server.uri("ava", "capture")
-    storage.upload_dir(folder, uri)
-    for other in (Ava256Capture(uri), Ava256Capture(str(folder / "decoder"))):
+    storage.upload_dir(ava256_folder, uri)
+    for other in (Ava256Capture(uri), Ava256Capture(str(ava256_folder / "decoder"))):
         assert other.segments == capture.segments
         assert other.headset_sequence.segments == capture.headset_sequence.segments
         frame, same = other.frame(*first_frame(other)), capture.frame(*first_frame(capture))
@@ -276,14 +224,14 @@ def test_capture_on_s3_and_the_decoder_folder_alone_read_the_same(folder, captur
             assert frame.image_file(camera.camera_id) == same.image_file(camera.camera_id)
 
 
-def test_members_without_their_folder_and_frames_without_zeros_are_read(own, capture):
-    images = own / f"decoder/image/cam{CAMERA}.zip"
+def test_members_without_their_folder_and_frames_without_zeros_are_read(own_ava256_folder, capture):
+    images = own_ava256_folder / f"decoder/image/cam{CAMERA}.zip"
     layout.write_zip(images, {name.partition("/")[2]: body for name, body in layout.read_zip(images).items()})
-    meshes = own / "decoder/kinematic_tracking/registration_vertices.zip"
+    meshes = own_ava256_folder / "decoder/kinematic_tracking/registration_vertices.zip"
     layout.write_zip(meshes, {f"registration_vertices/{name}": body for name, body in layout.read_zip(meshes).items()})
-    frame_list = own / "decoder/frame_list.csv"
+    frame_list = own_ava256_folder / "decoder/frame_list.csv"
     frame_list.write_text(frame_list.read_text().replace(",000", ","))
-    moved = Ava256Capture(str(own))
+    moved = Ava256Capture(str(own_ava256_folder))
     assert moved.segments == capture.segments
     for segment in moved.segments:
         assert moved.listing(segment) == capture.listing(segment)
@@ -293,25 +241,25 @@ def test_members_without_their_folder_and_frames_without_zeros_are_read(own, cap
 
 
 @pytest.mark.parametrize("place", ["capture", "capture/decoder", "."])
-def test_topology_is_found_in_the_capture_or_once_beside_all(own, capture, place):
-    (own / "face_topology.obj").rename(own.parent / "kept.obj")
+def test_topology_is_found_in_the_capture_or_once_beside_all(own_ava256_folder, capture, place):
+    (own_ava256_folder / "face_topology.obj").rename(own_ava256_folder.parent / "kept.obj")
     with pytest.raises(CaptureError, match=r"no topology: put assets/face_topology\.obj of https://github\.com"):
-        _ = Ava256Capture(str(own)).topology
-    (own.parent / "kept.obj").rename(own.parent / place / "face_topology.obj")
-    np.testing.assert_array_equal(Ava256Capture(str(own)).topology.faces, capture.topology.faces)
+        _ = Ava256Capture(str(own_ava256_folder)).topology
+    (own_ava256_folder.parent / "kept.obj").rename(own_ava256_folder.parent / place / "face_topology.obj")
+    np.testing.assert_array_equal(Ava256Capture(str(own_ava256_folder)).topology.faces, capture.topology.faces)
 
 
-def test_layouts_are_told_apart(own, tmp_path):
-    assert Ava256Capture.is_at(str(own))
-    assert Ava256Capture.is_at(str(own / "decoder"))
+def test_layouts_are_told_apart(own_ava256_folder, tmp_path):
+    assert Ava256Capture.is_at(str(own_ava256_folder))
+    assert Ava256Capture.is_at(str(own_ava256_folder / "decoder"))
     assert not Ava256Capture.is_at(str(tmp_path))
-    (own / "decoder/frame_list.csv").rename(own / "decoder/frame_splits_list.csv")
-    assert not Ava256Capture.is_at(str(own / "decoder"))
+    (own_ava256_folder / "decoder/frame_list.csv").rename(own_ava256_folder / "decoder/frame_splits_list.csv")
+    assert not Ava256Capture.is_at(str(own_ava256_folder / "decoder"))
     with pytest.raises(CaptureError, match=r"Goliath, which is not read: .* frame_segments_list\.csv"):
-        refuse_goliath(str(own / "decoder"))
+        refuse_goliath(str(own_ava256_folder / "decoder"))
     with pytest.raises(CaptureError, match="a capture of Goliath"):
-        Ava256Capture(str(own / "decoder"))
-    refuse_goliath(str(own))
+        Ava256Capture(str(own_ava256_folder / "decoder"))
+    refuse_goliath(str(own_ava256_folder))
 
 
 def test_capture_travels_to_another_process_without_its_indices(capture):
@@ -321,132 +269,3 @@ def test_capture_travels_to_another_process_without_its_indices(capture):
     assert pickle.loads(body).frame(*first_frame(capture)).image_file(CAMERA) == capture.frame(
         *first_frame(capture)
     ).image_file(CAMERA)
-
-
-@pytest.mark.parametrize("name", ["camera_calibration.json", "frame_list.csv"])
-def test_incomplete_capture_names_what_is_missing(own, name):
-    (own / "decoder" / name).unlink()
-    assert Ava256Capture.is_at(str(own))
-    with pytest.raises(CaptureError, match=rf"decoder/{re.escape(name)}: the file is missing"):
-        Ava256Capture(str(own))
-
-
-def test_capture_of_images_alone_opens(own):
-    """Zips that were never fetched are facts, but for meshes and poses."""
-    for name in ("segmentation_parts", "keypoints_3d", "uv_image", f"image/cam{CAMERA}.zip", "../encoder"):
-        path = own / "decoder" / name
-        path.unlink() if path.is_file() else shutil.rmtree(path)
-    capture = Ava256Capture(str(own))
-    frame = capture.frame(*first_frame(capture))
-    assert frame.image_file(CAMERA) is frame.average_texture_file() is frame.keypoints_3d() is None
-    assert capture.headset_sequence is None
-    assert capture.normalization() is None
-    assert capture.notes() == ()
-    assert capture.listing(frame.segment).images[CAMERA] == frozenset()
-    assert len(capture.cameras) == 3
-    with pytest.raises(CaptureError, match="no texture tells its size"):
-        _ = capture.texture_size
-    with pytest.raises(CaptureError, match=r"S1/000001 is not in frame_list\.csv"):
-        capture.frame("S1", "000001")
-
-
-FAULTY_MEMBERS = [
-    ("head_pose/head_pose.zip", "000120.txt", b"2 0 0 1 0 2 0 2 0 0 2 3", PoseNotRigidError, "is not rigid"),
-    ("head_pose/head_pose.zip", "000120.txt", b"1 2 3", CaptureError, "expected 12 finite numbers"),
-    ("head_pose/head_pose.zip", "000120.txt", None, MissingFileError, "missing, but frame_list.csv lists its frame"),
-    ("kinematic_tracking/registration_vertices.zip", "000120.ply", None, MissingFileError, "frame_list.csv lists"),
-    (
-        "kinematic_tracking/registration_vertices.zip",
-        "000120.ply",
-        layout.ply_bytes(np.zeros((5, 3), np.float32)),
-        VertexCountError,
-        "5 vertices, but the capture's topology has",
-    ),
-    ("uv_image/color.zip", "color/000120.avif", b"no image", CodecError, "the bytes are no"),
-    (
-        "uv_image/color.zip",
-        "color/000120.avif",
-        layout.avif_bytes(np.zeros((16, 16, 3), np.uint8)),
-        ImageSizeError,
-        "a texture of 16x16, but the capture's are 32x32",
-    ),
-    ("keypoints_3d/keypoints_3d.zip", "000120.npy", b"\x93NUMPY", CaptureError, "not a whole npy array"),
-    (
-        "segmentation_parts/cam400001.zip",
-        "cam400001/000120.png",
-        layout.png_bytes(np.zeros((64, 41), np.uint8)),
-        ImageSizeError,
-        "41x64 pixels (W x H), but camera 400001 is calibrated for 83x128",
-    ),
-    (
-        "segmentation_parts/cam400001.zip",
-        "cam400001/000120.png",
-        layout.png_bytes(np.zeros((128, 83), np.uint8))[:60],
-        CodecError,
-        "truncated",
-    ),
-    (
-        "image/cam400001.zip",
-        "cam400001/000120.avif",
-        layout.avif_bytes(np.zeros((64, 41, 3), np.uint8)),
-        ImageSizeError,
-        "41x64 pixels (W x H), but camera 400001 is calibrated for 83x128",
-    ),
-]
-
-
-@pytest.mark.parametrize(
-    ("archive", "member", "body", "fault", "message"),
-    FAULTY_MEMBERS,
-    ids=[f"{archive}-{message}" for archive, _, _, _, message in FAULTY_MEMBERS],
-)
-def test_faulty_member_is_named_and_nothing_else(own, archive, member, body, fault, message):
-    change_member(own / "decoder" / archive, member, body)
-    found = faults(Ava256Capture(str(own)))
-    assert set(found) == {f"decoder/{archive}!{member}"}
-    (error,) = found.values()
-    assert isinstance(error, fault)
-    assert message in str(error)
-    assert "\n" not in str(error)
-
-
-def test_vertex_that_is_not_a_number_is_refused(own):
-    path = own / "decoder/kinematic_tracking/registration_vertices.zip"
-    frame = layout.planned_frames(CONFIG)[0]
-    vertices = synthesise_frame(CONFIG, frame.segment, frame.index).vertices.copy()
-    vertices[7, 1] = np.nan
-    change_member(path, "000120.ply", layout.ply_bytes(vertices))
-    capture = Ava256Capture(str(own))
-    with pytest.raises(VertexNotFiniteError, match=r"000120\.ply: 1 of \d+ vertices are not finite numbers"):
-        capture.frame(*first_frame(capture)).vertices()
-
-
-def test_damaged_zip_is_one_fault_and_loses_no_view_in_silence(own):
-    path = own / f"decoder/image/cam{CAMERA}.zip"
-    path.write_bytes(path.read_bytes()[:-30])
-    capture = Ava256Capture(str(own))
-    segment, stem = first_frame(capture)
-    assert capture.listing(segment).images[CAMERA] == set(capture.segments[segment])
-    with pytest.raises(DamagedArchiveError, match=rf"cam{CAMERA}\.zip: not a whole zip"):
-        capture.frame(segment, stem).image_file(CAMERA)
-    assert {str(error) for error in faults(capture).values()} == {
-        f"file://{path}: not a whole zip (File is not a zip file); fetch the archive again"
-    }
-
-
-def test_flipped_byte_in_an_image_is_damage(own):
-    path = own / f"decoder/image/cam{CAMERA}.zip"
-    body = layout.read_zip(path)[f"cam{CAMERA}/000123.avif"]
-    raw = bytearray(path.read_bytes())
-    raw[raw.index(body) + len(body) // 2] ^= 1
-    path.write_bytes(raw)
-    (error,) = faults(Ava256Capture(str(own))).values()
-    assert isinstance(error, DamagedArchiveError)
-    assert "its CRC-32 differs" in str(error)
-
-
-def test_bomb_in_a_zip_is_refused(own, monkeypatch):
-    monkeypatch.setattr(zip_index, "MAX_MEMBER_BYTES", 2000)
-    capture = Ava256Capture(str(own))
-    with pytest.raises(ArchiveBombError, match=r"000120\.ply: declares \d+ bytes, at most 2000"):
-        capture.frame(*first_frame(capture)).vertices()
