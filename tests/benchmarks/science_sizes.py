@@ -117,7 +117,7 @@ class Study:
     tuning_frames: int = 10
     test_frames: int = 40
     cameras: int = 6
-    density_steps: int = 800
+    density_steps: int = 400
     samples: int = 320
 
     def iterations_of(self, method: str) -> tuple[int, ...]:

@@ -175,10 +175,10 @@ class Stages:
             found.densities,
             [
                 ({"flow": flow, "seed": seed, "shown": shown}, self._density(avatars["dam", seed], shown, flow, signal))
-                for shown in ("ambiguous", "all")
+                for shown, seeds in (("ambiguous", study.seeds), ("all", study.seeds[:1]))
+                for seed in seeds
                 for signal in _AMBIGUOUS_SIGNALS
                 for flow in FLOWS
-                for seed in study.seeds
             ],
         )
 
@@ -354,7 +354,7 @@ class Stages:
             "avatar_changes": FLOWS[flow] | (hidden if shown == "ambiguous" else {}) | {"signals": [signal]},
             "whitened": flow == WHITENED,
             "steps": self._study.density_steps,
-            "learning_rate": 1e-3,
+            "learning_rate": 2e-3,
             "seed": coder.settings["recipe"]["seed"],
         }
         return Task(f"density {shown} {flow} {signal} {coder.name}", "density", settings, (coder,))
