@@ -5,9 +5,9 @@ Gaussian prior has made its space Gaussian. So here the codes are those of one t
 or without a flow, are trained, by the likelihood -log p(z | h), z ~ Q(z | x). The weights with the best likelihood of
 the validation segments are taken, and the held-out segments tell.
 
-Codes are in units of their own standard deviations, since drivers start at N(0, I). A flow may be better for no more
-than that it decorrelates them, so one Gaussian is given codes in their principal axes. Densities are those of z itself
-for all: changes of coordinates are linear, and their log-determinants are added.
+Codes are in units of the standard deviations of Q over all training frames, since drivers start at N(0, I). A flow may
+be better for no more than that it decorrelates them, so one Gaussian is given codes in their principal axes.
+Densities are those of z itself for all: changes of coordinates are linear, and their log-determinants are added.
 """
 
 from __future__ import annotations
@@ -30,8 +30,6 @@ from pipeline.loading.loader import ShardSet
 
 _FRAMES_PER_BATCH = 32
 _CHECK_EVERY_STEPS = 25
-_LEAST_VARIANCE = 1e-4
-"""Of a code along an axis that hardly varies, in z's own units."""
 
 
 def density(scratch: Path, name: str, settings: dict[str, Any]) -> list[dict[str, Any]]:
@@ -41,8 +39,9 @@ def density(scratch: Path, name: str, settings: dict[str, Any]) -> list[dict[str
     opened = ShardSet.open(str(scratch / settings["data"] / "shards"))
     (signal,) = settings["avatar_changes"]["signals"]
     read = {split: _read(opened, coder, split, signal) for split in ("train", "val", "test")}
-    known = read["train"].codes.mean
-    centre, axes = known.mean(0), (_whitening(known) if settings["whitened"] else torch.diag(1 / known.std(0)))
+    known = read["train"].codes
+    centre, covariance = known.mean.mean(0), torch.cov(known.mean.T) + torch.diag(known.variance.mean(0))
+    axes = _whitening(covariance) if settings["whitened"] else torch.diag(covariance.diagonal().rsqrt())
     sets = {split: replace(codes, centre=centre, axes=axes) for split, codes in read.items()}
     nats_of_axes = -torch.linalg.slogdet(axes).logabsdet.item() / len(axes)
     # Nothing is hidden from the drivers: what they may see is the study's subject.
@@ -87,10 +86,10 @@ def density(scratch: Path, name: str, settings: dict[str, Any]) -> list[dict[str
     ]
 
 
-def _whitening(codes: Tensor) -> Tensor:
-    """``(D, D)`` of codes ``(N, D)``: to unit variance along their principal axes."""
-    variance, axes = torch.linalg.eigh(torch.cov(codes.T))
-    return axes / variance.clamp(min=_LEAST_VARIANCE).sqrt()
+def _whitening(covariance: Tensor) -> Tensor:
+    """``(D, D)``: to unit variance along the principal axes."""
+    variance, axes = torch.linalg.eigh(covariance)
+    return axes / variance.sqrt()
 
 
 @dataclass(frozen=True)
