@@ -30,7 +30,7 @@ from cluster.shard import ShardRecipe, shard
 from cluster.synth import synthesise
 from cluster.tracking import TrackingConfig
 from cluster.train import TrainRecipe, train
-from lipflow.config import AvatarConfig, FitConfig, LossConfig, StrictConfig
+from lipflow.config import AvatarConfig, FitConfig, LossConfig, RenderConfig, StrictConfig
 from lipflow.errors import ConfigError
 from lipflow.types import DRIVING_SIGNALS
 from pipeline import storage
@@ -52,6 +52,7 @@ def _training(method: Literal["dam", "lipflow"], steps: int) -> TrainRecipe:
     return TrainRecipe(
         avatar=AvatarConfig.small(method=method, texture_size=128, mean_scale=1.0, log_std_scale=0.1),
         loss=LossConfig(image_weight=0.05),
+        render=RenderConfig(antialias=True),
         loader=LoaderConfig(frames_per_batch=4, views_per_frame=2, signals=() if method == "dam" else DRIVING_SIGNALS),
         steps=steps,
         learning_rate=4e-3,
@@ -84,13 +85,13 @@ class DemoRecipe(StrictConfig):
     dam: TrainRecipe = _training("dam", 260)
     lipflow: TrainRecipe = _training("lipflow", 280)
     evaluate_dam: EvaluateRecipe = EvaluateRecipe(
-        fit=FitConfig(iterations=50, learning_rate=0.1, prior_weight=0.03),
+        fit=FitConfig(iterations=50),
         max_frames=12,
         max_cameras=8,
         picture_frames=3,
     )
     evaluate_lipflow: EvaluateRecipe = EvaluateRecipe(
-        fit=FitConfig(iterations=20, learning_rate=0.1, prior_weight=0.03),
+        fit=FitConfig(iterations=20),
         max_frames=12,
         max_cameras=8,
         picture_frames=3,

@@ -76,7 +76,7 @@ def context_of(shards: ShardSet) -> AvatarContext:
 
 
 def drivable_signals(avatar: Avatar, wanted: Sequence[str] | None, setting: str) -> tuple[str, ...]:
-    """The signals to drive an avatar by, once each: those that are wanted, or all that it can be driven by.
+    """The signals to drive an avatar by, in its own order: those that are wanted, or all that it can be driven by.
 
     A prior that nothing drives says the same whatever is shown: it can be fitted to all that the capture offers.
 
@@ -87,4 +87,4 @@ def drivable_signals(avatar: Avatar, wanted: Sequence[str] | None, setting: str)
     lacking = [signal for signal in wanted or () if signal not in possible]
     if lacking:
         raise ConfigError(f"{setting} {lacking[0]}: the avatar cannot be driven by it, but by {', '.join(possible)}")
-    return tuple(dict.fromkeys(wanted or possible))
+    return tuple(signal for signal in possible if not wanted or signal in wanted)

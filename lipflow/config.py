@@ -65,7 +65,7 @@ class AvatarConfig(StrictConfig):
         driver_channels: widths of their convolutions, coarsest first.
         driver_hidden_size: width of the driving encoders' features and of a headset view's token, a multiple of the
             4 attention heads.
-        driver_token_size: width of a landmark's token, a multiple of the 4 attention heads.
+        driver_landmark_size: width of a landmark's token, a multiple of the 4 attention heads.
         driver_dropout: probability with which a headset view or a landmark is hidden in training.
         driver_subset_dropout: probability with which only a random subset of a frame's headset views, or only one
             patch of its landmarks, is shown in training.
@@ -99,7 +99,7 @@ class AvatarConfig(StrictConfig):
     driver_image_size: int = Field(256, ge=16)
     driver_channels: tuple[int, ...] = Field((128, 128, 64, 64, 32, 16), min_length=1)
     driver_hidden_size: int = Field(256, ge=4, multiple_of=4)
-    driver_token_size: int = Field(32, ge=4, multiple_of=4)
+    driver_landmark_size: int = Field(32, ge=4, multiple_of=4)
     driver_dropout: float = Field(0.1, ge=0, lt=1)
     driver_subset_dropout: float = Field(0.2, ge=0, le=1)
     headset_views: tuple[str, ...] | None = Field(None, min_length=1)

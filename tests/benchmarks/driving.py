@@ -183,7 +183,7 @@ def _train(frames: Frames, signal: str, encoder: str, steps: int, seed: int) -> 
     config = AvatarConfig(**WIDTHS, **({"driver_subset_dropout": 0.0} if encoder == "whole" else {}))
     torch.manual_seed(seed)
     driver = find_signal(signal).driver(config, frames.context)
-    width = config.driver_hidden_size if signal == "hmc" else config.driver_token_size
+    width = config.driver_hidden_size if signal == "hmc" else config.driver_landmark_size
     parts = len(frames.context.headset_cameras if signal == "hmc" else frames.context.keypoint_names)
     rivals: dict[str, Callable[[], nn.Module]] = {
         "mean": lambda: _MaskedMean(width, config.driver_hidden_size),

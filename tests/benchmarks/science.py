@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from science_figures import draw_curves, draw_random_faces
-from science_runner import Runner
+from science_runner import Runner, StoppedEarly
 from science_sizes import full_study, portrait_study, quick_study
 from science_study import Stages
 from science_tables import all_tables
@@ -33,6 +33,7 @@ def main() -> None:
     )
     parser.add_argument("--scratch", type=Path, help="keep captures, avatars and results here; a killed run goes on")
     parser.add_argument("--figures", type=Path, help="folder for the figures; default: the scratch folder's")
+    parser.add_argument("--stop-after", type=float, metavar="MINUTES", help="begin no task then; show what there is")
     parser.add_argument("--workers", type=int, default=2, help="processes, of one core each")
     given = parser.parse_args()
     face = None if given.face is None else given.face.absolute()
@@ -43,14 +44,20 @@ def main() -> None:
         )
         scratch.mkdir(parents=True, exist_ok=True)
         study = quick_study(face) if given.quick else full_study(face)
-        runner = stack.enter_context(Runner(scratch, given.workers))
-        stages = Stages(study, runner, given.workers)
+        stop_after_s = None if given.stop_after is None else 60 * given.stop_after
+        runner = stack.enter_context(Runner(scratch, given.workers, stop_after_s))
+        try:
+            stages = Stages(study, runner, given.workers)
+        except StoppedEarly:
+            return runner.note("the time is over before the data are made: the same command goes on from here")
         found = stages.run()
         print(all_tables(found, study.dam_iterations))
         figures = given.figures or scratch / "figures"
         figures.mkdir(parents=True, exist_ok=True)
         draw_curves(found, figures)
-        if face is None:
+        if not found.complete:
+            runner.note("pictures of random faces are drawn when all is done")
+        elif face is None:
             draw_random_faces(found.portrayed, scratch, figures)
         else:
             # Pictures are of the procedural head alone: a real face is not to be published by accident.

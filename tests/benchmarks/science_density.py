@@ -4,11 +4,16 @@ Avatars that were trained each on their own have different latent spaces, and a 
 Gaussian prior has made its space Gaussian. So here the codes are those of one trained DAM, and only the drivers, with
 or without a flow, are trained, by the likelihood -log p(z | h), z ~ Q(z | x). The weights with the best likelihood of
 the validation segments are taken, and the held-out segments tell.
+
+Codes are in units of the standard deviations of Q over all training frames, since drivers start at N(0, I). A flow may
+be better for no more than that it decorrelates them, so one Gaussian is given codes in their principal axes.
+Densities are those of z itself for all: changes of coordinates are linear, and their log-determinants are added.
 """
 
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +32,18 @@ _FRAMES_PER_BATCH = 32
 _CHECK_EVERY_STEPS = 25
 
 
-def density(scratch: Path, name: str, settings: dict[str, Any]) -> dict[str, Any]:
+def density(scratch: Path, name: str, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of held-out frames, nats per dimension of z, of the drivers of one frozen avatar's codes."""
     del name
     coder = load_avatar(scratch / "avatars" / settings["avatar"]).eval()
     opened = ShardSet.open(str(scratch / settings["data"] / "shards"))
     (signal,) = settings["avatar_changes"]["signals"]
     read = {split: _read(opened, coder, split, signal) for split in ("train", "val", "test")}
-    # Drivers start at N(0, I): codes of another scale would cost the one without a flow most of its steps.
-    centre, scale = read["train"].codes.mean.mean(0), read["train"].codes.mean.std(0)
-    sets = {split: codes.standardised(centre, scale) for split, codes in read.items()}
-    nats_of_scale = scale.log().mean().item()
+    known = read["train"].codes
+    centre, covariance = known.mean.mean(0), torch.cov(known.mean.T) + torch.diag(known.variance.mean(0))
+    axes = _whitening(covariance) if settings["whitened"] else torch.diag(covariance.diagonal().rsqrt())
+    sets = {split: replace(codes, centre=centre, axes=axes) for split, codes in read.items()}
+    nats_of_axes = -torch.linalg.slogdet(axes).logabsdet.item() / len(axes)
     # Nothing is hidden from the drivers: what they may see is the study's subject.
     config = AvatarConfig.model_validate(
         coder.config.model_dump() | {"driver_dropout": 0.0} | settings["avatar_changes"]
@@ -51,7 +57,7 @@ def density(scratch: Path, name: str, settings: dict[str, Any]) -> dict[str, Any
     for step in range(1, settings["steps"] + 1):
         drawn = torch.randperm(len(sets["train"]), generator=generator)[:_FRAMES_PER_BATCH]
         batch = sets["train"].take(drawn)
-        loss = _nats(avatar, signal, batch, batch.codes.sample(generator)).mean()
+        loss = _nats(avatar, signal, batch, batch.sample(generator)).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
@@ -64,39 +70,54 @@ def density(scratch: Path, name: str, settings: dict[str, Any]) -> dict[str, Any
     test = sets["test"]
     with torch.no_grad():
         prior = avatar.prior(signal, test.driving)
-        y, _ = avatar.driven_from_latent(test.codes.mean)
+        y, _ = avatar.driven_from_latent(test.mean, prior)
         calibration = calibration_rms(y, prior)
-    rows = [
-        {"frame_id": frame, "signal": signal, "nats": nats + nats_of_scale, "calibration_rms": rms}
-        for frame, nats, rms in zip(
-            test.frame_ids,
-            _held_out(avatar, signal, test, settings["seed"]).tolist(),
-            calibration.tolist(),
-            strict=True,
-        )
+    held_out = _held_out(avatar, signal, test, settings["seed"])
+    return [
+        {
+            "frame_id": frame,
+            "signal": signal,
+            "nats": nats + nats_of_axes,
+            "calibration_rms": rms,
+            "validation_nats": lowest + nats_of_axes,
+            "best_step": best_step,
+        }
+        for frame, nats, rms in zip(test.frame_ids, held_out.tolist(), calibration.tolist(), strict=True)
     ]
-    return {"rows": rows, "best_step": best_step, "validation_nats": lowest + nats_of_scale}
 
 
+def _whitening(covariance: Tensor) -> Tensor:
+    """``(D, D)``: to unit variance along the principal axes."""
+    variance, axes = torch.linalg.eigh(covariance)
+    return axes / variance.sqrt()
+
+
+@dataclass(frozen=True)
 class _Codes:
-    """Codes and driving signals of some frames."""
+    """Codes and driving signals of some frames, in coordinates (z - centre) axes."""
 
-    def __init__(self, frame_ids: list[str], codes: DiagonalGaussian, driving: DrivingSignals):
-        self.frame_ids, self.codes, self.driving = frame_ids, codes, driving
+    frame_ids: list[str]
+    codes: DiagonalGaussian
+    driving: DrivingSignals
+    centre: Tensor
+    axes: Tensor
 
     def __len__(self) -> int:
         return len(self.frame_ids)
 
-    def standardised(self, centre: Tensor, scale: Tensor) -> _Codes:
-        """In units of ``scale (D,)`` around ``centre (D,)``; densities change by the mean of log scale."""
-        codes = DiagonalGaussian((self.codes.mean - centre) / scale, self.codes.log_std - scale.log())
-        return _Codes(self.frame_ids, codes, self.driving)
+    @property
+    def mean(self) -> Tensor:
+        """``(B, D)``."""
+        return (self.codes.mean - self.centre) @ self.axes
+
+    def sample(self, generator: torch.Generator) -> Tensor:
+        """``(B, D)`` of Q."""
+        return (self.codes.sample(generator) - self.centre) @ self.axes
 
     def take(self, index: Tensor) -> _Codes:
         chosen = DiagonalGaussian(self.codes.mean[index], self.codes.log_std[index])
-        return _Codes(
-            [self.frame_ids[i] for i in index.tolist()], chosen, map_tensors(self.driving, lambda t: t[index])
-        )
+        frames = [self.frame_ids[i] for i in index.tolist()]
+        return replace(self, frame_ids=frames, codes=chosen, driving=map_tensors(self.driving, lambda t: t[index]))
 
 
 @torch.no_grad()
@@ -108,7 +129,8 @@ def _read(opened: ShardSet, coder: Avatar, split: str, signal: str) -> _Codes:
         for start in range(0, len(frames), 8)
     ]
     codes = DiagonalGaussian(torch.cat([p.mean for p in pieces]), torch.cat([p.log_std for p in pieces]))
-    return _Codes(frames, codes, batch.driving)
+    size = codes.mean.shape[1]
+    return _Codes(frames, codes, batch.driving, torch.zeros(size), torch.eye(size))
 
 
 def _nats(avatar: Avatar, signal: str, codes: _Codes, z: Tensor) -> Tensor:
@@ -120,4 +142,4 @@ def _nats(avatar: Avatar, signal: str, codes: _Codes, z: Tensor) -> Tensor:
 def _held_out(avatar: Avatar, signal: str, codes: _Codes, seed: int) -> Tensor:
     """``(B,)`` mean over a few samples of Q, the same ones at every call."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.stack([_nats(avatar, signal, codes, codes.codes.sample(generator)) for _ in range(4)]).mean(0)
+    return torch.stack([_nats(avatar, signal, codes, codes.sample(generator)) for _ in range(4)]).mean(0)

@@ -12,8 +12,8 @@ from science_tables import by_seed, in_order, where
 from torch.nn.functional import avg_pool2d
 
 from lipflow.checkpoint import load_avatar
-from lipflow.model.gaussian import DiagonalGaussian
 from lipflow.render.renderer import Renderer
+from lipflow.sampling import draw_latents
 from lipflow.types import DRIVING_SIGNALS, map_tensors
 from pipeline.loading.loader import ShardSet
 
@@ -47,7 +47,9 @@ def _fit_iterations(found: Findings) -> plt.Figure:
     for row, (key, label) in enumerate((("image_mse", "image MSE"), ("geometry_rmse_mm", "geometry RMSE, mm"))):
         for axis, signal in zip(axes[row], DRIVING_SIGNALS, strict=True):
             for method in in_order(entry["method"] for entry in found.fits):
-                own = sorted({row["iterations"] for row in where(found.fits, method=method)})
+                own = sorted({row["iterations"] for row in where(found.fits, method=method, latent=signal)})
+                if not own:
+                    continue
                 seeds = torch.stack(
                     [
                         by_seed(where(found.fits, method=method, latent=signal, iterations=count), key).mean(1)
@@ -100,8 +102,7 @@ def _prior_samples(rows: dict[str, str], scratch: Path) -> plt.Figure:
     figure, axes = plt.subplots(len(rows), _FACES_PER_ROW, figsize=(10, 1.9 * len(rows)), layout="constrained")
     for line, (method, name) in zip(np.atleast_2d(axes), rows.items(), strict=True):
         avatar = load_avatar(scratch / "avatars" / name)
-        prior = DiagonalGaussian.standard(torch.zeros(_FACES_PER_ROW, avatar.config.latent_size))
-        z = avatar.latent_from_driven(prior.sample(torch.Generator().manual_seed(0)))
+        z = draw_latents(avatar, _FACES_PER_ROW, torch.Generator().manual_seed(0))
         for place, axis in enumerate(line):
             cameras = map_tensors(batch.cameras, lambda tensor: tensor)
             decoded = avatar.decode(z[place : place + 1], cameras.view_vectors())

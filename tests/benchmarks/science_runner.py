@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import sys
 import time
@@ -49,18 +50,27 @@ class Task:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
+class StoppedEarly(Exception):
+    """The time is over: what is running was finished, the rest was not begun."""
+
+
 class Runner:
     """Runs tasks and keeps their results; a context that ends with its processes.
 
     Args:
         scratch: folder of everything that the study makes.
         workers: processes.
+        stop_after_s: no task is begun after so long; None: all are.
     """
 
-    def __init__(self, scratch: Path, workers: int):
+    def __init__(self, scratch: Path, workers: int, stop_after_s: float | None = None):
         self.scratch = scratch
         self._workers = workers
         self._began = time.perf_counter()
+        self._stop_after_s = math.inf if stop_after_s is None else stop_after_s
+        self._backlog: list[Task] = []
+        self._running: dict[Future[dict[str, Any]], Task] = {}
+        self._done: dict[str, Any] = {}
         self.cpu_s: dict[tuple[str, str], float] = {}
         """(kind, name) of every task whose result was used -> CPU seconds."""
         for name in _ONE_THREAD:
@@ -74,40 +84,47 @@ class Runner:
     def __exit__(self, *failure: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
+    def later(self, tasks: Sequence[Task]) -> None:
+        """What processes do that would otherwise wait for others, in this order."""
+        self._backlog = _with_needs([*self._backlog, *tasks])
+
     def run(self, tasks: Sequence[Task]) -> dict[str, Any]:
         """Results by name; a task starts when those that it needs are done, otherwise in the order given.
 
         Raises:
+            StoppedEarly: the time is over; :meth:`found` has what there is.
             Exception: whatever a task raises; what was done before is kept.
         """
-        results: dict[str, Any] = {}
-        waiting: list[Task] = []
-        for task in tasks:
-            kept = self._kept(task)
-            if kept is None:
-                waiting.append(task)
-            else:
-                results[task.name] = self._taken(task, kept)
-        if not waiting:
-            return results
-        self.note(f"{len(waiting)} tasks, {len(results)} were done before")
-        running: dict[Future[dict[str, Any]], Task] = {}
-        while waiting or running:
-            pending = {task.digest for task in [*waiting, *running.values()]}
-            ready = [task for task in waiting if not any(need.digest in pending for need in task.needs)]
-            # No more than run at once: otherwise what becomes ready later could not be put first.
-            for task in ready[: self._workers - len(running)]:
-                waiting.remove(task)
-                running[self._pool.submit(_call, task, str(self.scratch))] = task
-            finished, _ = wait(running, return_when=FIRST_COMPLETED)
+        wanted = _with_needs(tasks)
+        while missing := [task for task in wanted if not self._is_done(task)]:
+            self._begin(missing)
+            if not self._running:
+                raise StoppedEarly
+            finished, _ = wait(self._running, return_when=FIRST_COMPLETED)
             for future in finished:
-                task = running.pop(future)
+                task = self._running.pop(future)
                 document = future.result()
                 self._file(task).parent.mkdir(parents=True, exist_ok=True)
                 storage.write_bytes(self._file(task), json.dumps(document).encode())
-                results[task.name] = self._taken(task, document)
-                self.note(f"{task.name}: {document['cpu_s']:.0f} s of CPU, {len(waiting) + len(running)} to go")
-        return results
+                self._take(task, document)
+                self.note(f"{task.name}: {document['cpu_s']:.0f} s of CPU, {len(missing) - 1} before the next stage")
+        return self.found(tasks)
+
+    def found(self, tasks: Sequence[Task]) -> dict[str, Any]:
+        """Results by name of those tasks that are done."""
+        return {task.name: self._done[task.digest] for task in tasks if self._is_done(task)}
+
+    def _begin(self, missing: Sequence[Task]) -> None:
+        """Give free processes what is ready, of ``missing`` before the backlog."""
+        begun = {task.digest for task in self._running.values()}
+        for task in [*missing, *self._backlog]:
+            # No more than run at once: otherwise what becomes ready later could not be put first.
+            if len(self._running) == self._workers or time.perf_counter() - self._began > self._stop_after_s:
+                return
+            ready = all(self._is_done(need) for need in task.needs)
+            if ready and task.digest not in begun and not self._is_done(task):
+                begun.add(task.digest)
+                self._running[self._pool.submit(_call, task, str(self.scratch))] = task
 
     def note(self, line: str) -> None:
         """Progress, on standard error."""
@@ -116,15 +133,24 @@ class Runner:
     def _file(self, task: Task) -> Path:
         return self.scratch / "results" / f"{task.name}.json"
 
-    def _kept(self, task: Task) -> dict[str, Any] | None:
-        if not self._file(task).is_file():
-            return None
-        document = json.loads(self._file(task).read_text())
-        return document if document["digest"] == task.digest else None
+    def _is_done(self, task: Task) -> bool:
+        if task.digest not in self._done and self._file(task).is_file():
+            document = json.loads(self._file(task).read_text())
+            if document["digest"] == task.digest:
+                self._take(task, document)
+        return task.digest in self._done
 
-    def _taken(self, task: Task, document: dict[str, Any]) -> Any:
+    def _take(self, task: Task, document: dict[str, Any]) -> None:
+        self._done[task.digest] = document["result"]
         self.cpu_s[task.kind, task.name] = document["cpu_s"]
-        return document["result"]
+
+
+def _with_needs(tasks: Sequence[Task]) -> list[Task]:
+    """Each task once, behind those that it needs."""
+    found: dict[str, Task] = {}
+    for task in tasks:
+        found |= {needed.digest: needed for needed in _with_needs(task.needs)} | {task.digest: task}
+    return list(found.values())
 
 
 def _end_with(parent: int) -> None:

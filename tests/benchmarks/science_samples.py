@@ -12,7 +12,6 @@ energy_mm
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,9 @@ from torch import Tensor
 
 from lipflow.checkpoint import load_avatar
 from lipflow.metrics import calibration_rms
-from lipflow.model.avatar import Avatar
 from lipflow.model.gaussian import DiagonalGaussian
+from lipflow.sample_metrics import diversity_mm, fit_mesh_pca, frechet_distance, precision_recall
+from lipflow.sampling import decode_meshes, draw_driven_latents, draw_latents
 from pipeline.loading.loader import ShardSet
 
 _POSTERIOR_SAMPLES = 16
@@ -47,8 +47,9 @@ def uncertainty(scratch: Path, name: str, settings: dict[str, Any]) -> list[dict
         for signal in avatar.signals:
             prior = avatar.fused_prior([signal], batch.driving)
             gap = -posterior.entropy() - avatar.log_prior(z, prior).mean()
-            y, _ = avatar.driven_from_latent(posterior.mean)
-            meshes = sampled_meshes(avatar, prior, settings["samples"], generator)
+            y, _ = avatar.driven_from_latent(posterior.mean, prior)
+            drawn = draw_driven_latents(avatar, [signal], batch.driving, settings["samples"], generator)
+            meshes = decode_meshes(avatar, drawn[:, 0])
             rows.append(
                 {
                     "frame_id": frame_id,
@@ -60,12 +61,6 @@ def uncertainty(scratch: Path, name: str, settings: dict[str, Any]) -> list[dict
                 }
             )
     return rows
-
-
-def sampled_meshes(avatar: Avatar, prior: DiagonalGaussian, count: int, generator: torch.Generator) -> Tensor:
-    """``(count, V, 3)`` mm, decoded from samples of a prior of one frame ``(1, D)``."""
-    many = DiagonalGaussian(prior.mean.expand(count, -1), prior.log_std.expand(count, -1))
-    return avatar.decode_vertices(avatar.latent_from_driven(many.sample(generator)))
 
 
 def energy_score_mm(samples: Tensor, truth: Tensor) -> Tensor:
@@ -89,39 +84,25 @@ def prior_samples(scratch: Path, name: str, settings: dict[str, Any]) -> list[di
     del name
     avatar = load_avatar(scratch / "avatars" / settings["avatar"]).eval()
     opened = ShardSet.open(str(scratch / settings["data"] / "shards"))
-    nothing = DiagonalGaussian.standard(torch.zeros(1, avatar.config.latent_size))
     generator = torch.Generator().manual_seed(settings["seed"])
-    drawn = sampled_meshes(avatar, nothing, settings["count"], generator)
+    drawn = decode_meshes(avatar, draw_latents(avatar, settings["count"], generator))
     real = {split: _meshes(opened, split) for split in ("train", "test")}
-    project = _principal_coordinates(real["train"])
-    train, held_out, samples = project(real["train"]), project(real["test"]), project(drawn)
+    space = fit_mesh_pca(real["train"], _COMPONENTS)
+    train, held_out, samples = (space.project(meshes) for meshes in (real["train"], real["test"], drawn))
+    # Equal counts: these figures depend on them.
+    covered = precision_recall(train, samples[: len(train)])
     return [
         {
-            "frechet_mm": frechet_distance(samples, train).sqrt().item(),
-            "held_out_frechet_mm": frechet_distance(samples, held_out).sqrt().item(),
+            "frechet_mm2": frechet_distance(samples, train),
+            "held_out_frechet_mm2": frechet_distance(samples, held_out),
             # How far the held-out frames themselves are from the training frames.
-            "real_frechet_mm": frechet_distance(held_out, train).sqrt().item(),
-            "spread_mm": samples.var(0).sum().sqrt().item(),
-            "real_spread_mm": train.var(0).sum().sqrt().item(),
+            "real_frechet_mm2": frechet_distance(held_out, train),
+            "precision": covered.precision,
+            "recall": covered.recall,
+            "diversity_mm": diversity_mm(drawn),
+            "real_diversity_mm": diversity_mm(real["train"]),
         }
     ]
-
-
-def _principal_coordinates(meshes: Tensor) -> Callable[[Tensor], Tensor]:
-    """Maps meshes to coordinates ``(N, C)`` in units of which a distance is their RMSE in mm."""
-    mean, scale = meshes.mean(0), meshes.shape[1] ** 0.5
-    axes = torch.linalg.svd((meshes - mean).flatten(1), full_matrices=False).Vh[: min(_COMPONENTS, len(meshes) - 1)].T
-    return lambda found: ((found - mean).flatten(1) @ axes / scale).double()
-
-
-def frechet_distance(first: Tensor, second: Tensor) -> Tensor:
-    """Squared Fréchet distance (Heusel et al., 2017) of Gaussians with the moments of ``(N, C)`` and ``(M, C)``."""
-    covariance = torch.cov(first.T), torch.cov(second.T)
-    # The trace of the root of a product is the sum of the roots of its eigenvalues, which are not negative.
-    roots = torch.linalg.eigvals(covariance[0] @ covariance[1]).real.clamp(min=0).sqrt()
-    return (
-        (first.mean(0) - second.mean(0)).square().sum() + torch.trace(covariance[0] + covariance[1]) - 2 * roots.sum()
-    )
 
 
 def _meshes(opened: ShardSet, split: str) -> Tensor:

@@ -7,23 +7,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lipflow.config import AvatarConfig
+from lipflow.config import RenderConfig
 from pipeline.dome.writer import DomeConfig
 from pipeline.sharding.shards import ShardConfig
 from pipeline.sharding.splits import SplitConfig
 
 METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "dam": ({"method": "dam"}, {}),
-    "conditional": ({"method": "conditional"}, {"prior_weight": 0.0}),
-    "conditional+prior-rec": ({"method": "conditional"}, {"prior_weight": 1.0}),
     "lipflow": ({"method": "lipflow"}, {"prior_weight": 1.0}),
+    "conditional+prior-rec": ({"method": "conditional"}, {"prior_weight": 1.0}),
+    "conditional": ({"method": "conditional"}, {"prior_weight": 0.0}),
+    "dam-regressor": ({"method": "dam-regressor"}, {"prior_weight": 1.0}),
+    "flow-gaussian": ({"method": "flow-gaussian"}, {}),
 }
 """Name to changes of the avatar's and of the loss's settings; everything else is the same for all."""
 
-LONG_FITS = ("dam", "lipflow")
+LONG_FITS = ("dam", "dam-regressor", "lipflow")
 """Methods whose fits go on to the most iterations: they take most of the study's time."""
 
-PORTRAYED = ("dam", "lipflow")
+PORTRAYED = ("dam", "lipflow", "flow-gaussian")
 """Methods whose random faces are shown."""
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -39,8 +41,13 @@ FLOWS: dict[str, dict[str, Any]] = {
     "gaussian": {"method": "conditional"},
     "affine flow": {"method": "lipflow"},
     "spline flow": {"method": "lipflow", "flow_transform": "spline"},
+    "conditional flow": {"method": "lipflow", "flow_conditional": True},
+    "whitened gaussian": {"method": "conditional"},
 }
-"""Densities of frozen codes."""
+"""Densities of frozen codes. The last one sees them in their principal axes: what decorrelation alone is worth."""
+
+WHITENED = "whitened gaussian"
+"""Of ``FLOWS``, the one whose codes are rotated."""
 
 AMBIGUOUS: dict[str, Any] = {
     "signals": ("hmc", "keypoints"),
@@ -48,6 +55,9 @@ AMBIGUOUS: dict[str, Any] = {
     "keypoints": ("eye_left_upper", "eye_right_upper", "nose_tip", "lip_corner_left", "lip_corner_right"),
 }
 """Signals that leave much open: nothing of the mouth is seen, or five landmarks alone."""
+
+
+_RENDER = RenderConfig(antialias=True)
 
 
 @dataclass(frozen=True)
@@ -58,23 +68,26 @@ class Study:
         dome: the synthetic capture.
         shard: the shard set.
         seeds: of weights, order of data and samples.
-        steps: of every training.
+        steps: of the trainings of methods.
+        regressor_steps: of the drivers alone that a trained DAM is given.
+        variant_steps: of the DAM's variants.
+        ambiguous_steps: of the avatars that see ambiguous signals.
         learning_rate: of every training.
         frames_per_batch: of every training.
         views_per_frame: of every training.
         mean_scale: of the encoder's mean.
         log_std_scale: of the encoder's log standard deviation.
         image_weight: of the image terms.
-        latent_weight: of the methods with drivers, and of the variants.
+        render: of the trainings.
+        latent_weight: of all methods but the DAM, and of the variants.
         dam_latent_weights: lambda_3 of the DAM, of which validation frames choose one.
-        fit_weights: lambda of the fits, likewise, for each method and signal.
-        fit_rates: learning rates of the fits, likewise.
+        fits: settings of the fits, of which validation frames choose one for each method and signal.
         iterations: of the fits, which are reported.
-        short_iterations: how many of them the methods outside ``LONG_FITS`` go, which gain nothing from more.
-        dam_iterations: after which the DAM's choices are judged.
-        prior_iterations: after which those of the methods with drivers are.
+        short_iterations: how many of them the methods outside ``LONG_FITS`` go, which gain little from more.
+        dam_iterations: after which the choices of the methods with prior N(0, I) are judged.
+        prior_iterations: after which those of the methods with driven priors are.
         tuning_frames: validation frames on which choices are made.
-        test_frames: held-out frames; None: all.
+        test_frames: held-out frames.
         cameras: training cameras whose images are compared.
         density_steps: of the trainings of densities.
         samples: drawn of each prior for the distances between distributions.
@@ -83,26 +96,29 @@ class Study:
     dome: DomeConfig
     shard: ShardConfig
     seeds: tuple[int, ...] = (0, 1)
-    steps: int = 2000
+    steps: int = 1600
+    regressor_steps: int = 1000
+    variant_steps: int = 800
+    ambiguous_steps: int = 800
     learning_rate: float = 4e-3
     frames_per_batch: int = 8
     views_per_frame: int = 1
     mean_scale: float = 1.0
     log_std_scale: float = 0.1
     image_weight: float = 0.05
+    render: RenderConfig = _RENDER
     latent_weight: float = 0.1
     dam_latent_weights: tuple[float, ...] = (0.01, 0.1, 1.0)
-    fit_weights: tuple[float, ...] = (0.003, 0.03)
-    fit_rates: tuple[float, ...] = (0.03, 0.1)
+    fits: tuple[dict[str, float], ...] = ({"prior_weight": 0.03}, {"prior_weight": 0.3}, {"prior_weight": 3.0})
     iterations: tuple[int, ...] = (0, 10, 20, 50, 200)
     short_iterations: int = 50
     dam_iterations: int = 200
     prior_iterations: int = 20
     tuning_frames: int = 10
-    test_frames: int | None = None
-    cameras: int = 8
-    density_steps: int = 1500
-    samples: int = 500
+    test_frames: int = 40
+    cameras: int = 6
+    density_steps: int = 400
+    samples: int = 320
 
     def iterations_of(self, method: str) -> tuple[int, ...]:
         """Those of the fits of a method to held-out frames."""
@@ -111,7 +127,7 @@ class Study:
 
 
 def full_study(face: Path | None) -> Study:
-    """320 training frames of 34 cameras, 20 validation frames and 60 held-out ones of six sentences."""
+    """320 training frames of 34 cameras, 20 validation frames and 60 held-out ones, of six sentences."""
     splits = SplitConfig(
         # Sentences mix all shapes: held out, they are new mixtures of expressions that were seen.
         test_segments=(
@@ -134,7 +150,6 @@ def portrait_study() -> Study:
         dome=_dome(None, segments=16, frames_per_segment=10, image_size_hw=(128, 96)),
         shard=ShardConfig(frames_per_shard=16, splits=splits),
         steps=800,
-        latent_weight=0.1,
     )
 
 
@@ -147,9 +162,11 @@ def quick_study(face: Path | None) -> Study:
         dome=_dome(face, segments=8, frames_per_segment=4, image_size_hw=(48, 32), texture_size=64),
         shard=ShardConfig(frames_per_shard=8, splits=splits),
         steps=4,
+        regressor_steps=3,
+        variant_steps=2,
+        ambiguous_steps=3,
         dam_latent_weights=(0.01, 0.1),
-        fit_weights=(0.03,),
-        fit_rates=(0.1,),
+        fits=({"prior_weight": 0.3},),
         iterations=(0, 2, 4),
         short_iterations=2,
         dam_iterations=4,
@@ -167,8 +184,3 @@ def _dome(face: Path | None, **sizes: Any) -> DomeConfig:
         return DomeConfig(cameras=38, **sizes)
     krt = face / "KRT"
     return DomeConfig(face=str(face), krt=str(krt) if krt.is_file() else None, cameras=38, **sizes)
-
-
-def ambiguous_settings() -> dict[str, Any]:
-    """Of an avatar that sees the ambiguous signals; {} while avatars have no such settings."""
-    return AMBIGUOUS if "headset_views" in AvatarConfig.model_fields else {}

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from science_runner import Runner, Task
-from science_sizes import FLOWS, METHODS, PORTRAYED, VARIANTS, Study, ambiguous_settings
+from science_runner import Runner, StoppedEarly, Task
+from science_sizes import AMBIGUOUS, FLOWS, METHODS, PORTRAYED, VARIANTS, WHITENED, Study
 
 from cluster.training_loop import TrainRecipe
 from lipflow.config import AvatarConfig, LossConfig
@@ -20,7 +20,9 @@ Row = dict[str, Any]
 _DATA = "dome"
 _FRAMES_AT_ONCE = 10
 _CALIBRATION_FRAMES = 4
-_AMBIGUOUS_METHODS = ("conditional+prior-rec", "lipflow")
+_AMBIGUOUS_METHODS = ("conditional", "conditional+prior-rec", "lipflow")
+_FIRST_METHODS = ("lipflow", "conditional+prior-rec")
+_SAMPLES_ALONE = ("flow-gaussian",)
 _AMBIGUOUS_SIGNALS = ("hmc", "keypoints")
 DRIVEN = ("conditional", "conditional+prior-rec", "lipflow")
 """Methods whose prior depends on the signal."""
@@ -55,6 +57,7 @@ class Findings:
         cpu_s: (kind, name) of every task -> CPU seconds.
         portrayed: method -> its avatar of the first seed, for pictures of random faces.
         data: what the shard set holds.
+        complete: whether everything was done.
     """
 
     data: dict[str, Any]
@@ -68,6 +71,7 @@ class Findings:
     samples: list[Row] = field(default_factory=list)
     cpu_s: dict[tuple[str, str], float] = field(default_factory=dict)
     portrayed: dict[str, str] = field(default_factory=dict)
+    complete: bool = False
 
 
 class Stages:
@@ -94,80 +98,162 @@ class Stages:
 
     def portraits(self) -> dict[str, str]:
         """Trains the methods that draw random faces, on the first seed alone; method -> name of its avatar."""
-        tasks = {method: self._train(method, self._first, method, self._study.latent_weight) for method in PORTRAYED}
+        tasks = {method: self._train(method, self._first, method) for method in PORTRAYED}
         self._runner.run(list(tasks.values()))
         return {method: task.name for method, task in tasks.items()}
 
     def run(self) -> Findings:
-        """Everything; what was done before is not done again."""
-        study = self._study
+        """Everything, what matters most first; what was done before is not done again.
+
+        If the time ends before, the findings hold what was done.
+        """
+        try:
+            self._run()
+            self.findings.complete = True
+        except StoppedEarly:
+            self._runner.note("the time is over: the same command goes on from here")
+        self.findings.cpu_s = dict(self._runner.cpu_s)
+        return self.findings
+
+    def _run(self) -> None:
+        study, found = self._study, self.findings
         dams = {
-            weight: self._train(f"dam {weight:g}", self._first, "dam", weight) for weight in study.dam_latent_weights
+            weight: self._train("dam", self._first, f"dam {weight:g}", weight=weight)
+            for weight in study.dam_latent_weights
         }
         avatars = {
-            (method, seed): self._train(method, seed, method, study.latent_weight)
-            for seed in study.seeds
+            (method, seed): self._train(method, seed, method)
             for method in METHODS
-            if method != "dam"
+            if method not in ("dam", "dam-regressor")
+            for seed in study.seeds
         }
         variants = {
-            (variant, seed): self._train(f"variant {variant}", seed, "dam", study.latent_weight, switches)
+            (variant, seed): self._train("dam", seed, f"variant {variant}", switches, steps=study.variant_steps)
             for seed in study.seeds
             for variant, switches in VARIANTS.items()
         }
         ambiguous = {
-            (method, seed): self._train(f"ambiguous {method}", seed, method, study.latent_weight, ambiguous_settings())
+            (method, seed): self._train(method, seed, f"ambiguous {method}", AMBIGUOUS, steps=study.ambiguous_steps)
             for seed in study.seeds
             for method in _AMBIGUOUS_METHODS
-            if ambiguous_settings()
         }
-        # The longest first, so that the last ones end together.
-        self._runner.run([*ambiguous.values(), *avatars.values(), *variants.values(), *dams.values()])
+        self._runner.later([*avatars.values(), *variants.values(), *ambiguous.values()])
         self._choose_dam(dams)
-        avatars |= {
-            ("dam", seed): self._train(f"dam {self.findings.latent_weight:g}", seed, "dam", self.findings.latent_weight)
-            for seed in study.seeds
-        }
-        self._runner.run([avatars["dam", seed] for seed in study.seeds])
-        avatars = {(method, seed): avatars[method, seed] for method in METHODS for seed in study.seeds}
-        self.findings.portrayed = {method: avatars[method, self._first].name for method in PORTRAYED}
+        for seed in study.seeds:
+            avatars["dam", seed] = self._train("dam", seed, f"dam {found.latent_weight:g}", weight=found.latent_weight)
+            avatars["dam-regressor", seed] = self._regressor(avatars["dam", seed], seed)
+        self._drive("dam", avatars)
+        for method in _FIRST_METHODS:
+            self._drive(method, avatars)
         for method in METHODS:
-            if method != "dam":
-                self._choose_fits(method, avatars[method, self._first])
-        self._evaluate(avatars, variants, ambiguous)
-        self.findings.cpu_s = dict(self._runner.cpu_s)
-        return self.findings
+            if method not in ("dam", *_FIRST_METHODS, *_SAMPLES_ALONE):
+                self._drive(method, avatars)
+        samples = [({"method": f"{method}", "seed": seed}, avatar) for (method, seed), avatar in avatars.items()]
+        # Of every weight that was tried: the one that is best for fits need not be best for samples.
+        others = [weight for weight in dams if weight != found.latent_weight]
+        samples += [({"method": f"dam, {weight:g}", "seed": self._first}, dams[weight]) for weight in others]
+        self._add(found.samples, [(label, self._samples(avatar, label["seed"])) for label, avatar in samples])
+        found.portrayed = {method: avatars[method, self._first].name for method in PORTRAYED}
+        self._add(
+            found.reconstructions,
+            [
+                ({"variant": variant, "seed": seed}, self._reconstructions(avatar))
+                for (variant, seed), avatar in variants.items()
+            ],
+        )
+        self._drive_ambiguously(ambiguous)
+        self._add(
+            found.uncertainty,
+            [
+                ({"method": method, "seed": seed, "shown": shown}, self._uncertainty(avatar, seed))
+                for shown, group in (("all", avatars), ("ambiguous", ambiguous))
+                for (method, seed), avatar in group.items()
+                if method in DRIVEN
+            ],
+        )
+        self._add(
+            found.densities,
+            [
+                ({"flow": flow, "seed": seed, "shown": shown}, self._density(avatars["dam", seed], shown, flow, signal))
+                for shown, seeds in (("ambiguous", study.seeds), ("all", study.seeds[:1]))
+                for seed in seeds
+                for signal in _AMBIGUOUS_SIGNALS
+                for flow in FLOWS
+            ],
+        )
+
+    def _add(self, rows: list[Row], labelled: list[tuple[Row, Task]]) -> None:
+        """Run tasks and keep their rows with their labels; those that are done even if the time ends before."""
+        tasks = [task for _, task in labelled]
+        try:
+            self._runner.run(tasks)
+        finally:
+            results = self._runner.found(tasks)
+            for label, task in labelled:
+                rows += [label | row for row in results.get(task.name, [])]
 
     def _train(
-        self, name: str, seed: int, method: str, latent_weight: float, switches: dict[str, Any] | None = None
+        self,
+        method: str,
+        seed: int,
+        name: str,
+        switches: dict[str, Any] | None = None,
+        *,
+        steps: int | None = None,
+        weight: float | None = None,
     ) -> Task:
         """All methods see the same batches of a seed, and take the same steps."""
         study = self._study
         avatar, loss = METHODS[method]
-        config = AvatarConfig.small(
-            **(
-                {"texture_size": study.dome.texture_size, "init_seed": seed}
-                | {"mean_scale": study.mean_scale, "log_std_scale": study.log_std_scale}
-                | avatar
-                | (switches or {})
-            )
-        )
+        shared = {
+            "texture_size": study.dome.texture_size,
+            "init_seed": seed,
+            "mean_scale": study.mean_scale,
+            "log_std_scale": study.log_std_scale,
+        }
+        config = AvatarConfig.small(**(shared | avatar | (switches or {})))
+        weight = study.latent_weight if weight is None else weight
         recipe = TrainRecipe(
             avatar=config,
-            loss=LossConfig(**({"image_weight": study.image_weight, "latent_weight": latent_weight} | loss)),
-            loader=LoaderConfig(
-                frames_per_batch=study.frames_per_batch,
-                views_per_frame=study.views_per_frame,
-                seed=seed,
-                decode_threads=1,
-                signals=() if config.method == "dam" else (config.signals or DRIVING_SIGNALS),
-            ),
-            steps=study.steps,
+            loss=LossConfig(**({"image_weight": study.image_weight, "latent_weight": weight} | loss)),
+            render=study.render,
+            loader=self._loader(seed, (config.signals or DRIVING_SIGNALS) if config.has_drivers else ()),
+            steps=steps or study.steps,
             learning_rate=study.learning_rate,
             seed=seed,
         )
-        settings = {"data": _DATA, "recipe": recipe.model_dump(mode="json")}
-        return Task(f"{name} seed {seed}", "train", settings, (self._shards,))
+        return self._training(recipe, f"{name} seed {seed}", (self._shards,))
+
+    def _regressor(self, dam: Task, seed: int) -> Task:
+        """Drivers for a trained DAM, which stays as it is."""
+        study = self._study
+        avatar = AvatarConfig.model_validate(dam.settings["recipe"]["avatar"])
+        changes = {"method": "dam-regressor", "signals": DRIVING_SIGNALS}
+        recipe = TrainRecipe(
+            avatar=AvatarConfig.model_validate(avatar.model_dump() | changes),
+            add_drivers=DRIVING_SIGNALS,
+            model=f"avatars/{dam.name}",
+            loss=LossConfig(image_weight=study.image_weight, latent_weight=study.latent_weight, prior_weight=1.0),
+            render=study.render,
+            loader=self._loader(seed, DRIVING_SIGNALS),
+            steps=study.regressor_steps,
+            learning_rate=study.learning_rate,
+            seed=seed,
+        )
+        return self._training(recipe, f"regressor of {dam.name}", (dam,))
+
+    def _loader(self, seed: int, signals: tuple[str, ...]) -> LoaderConfig:
+        study = self._study
+        return LoaderConfig(
+            frames_per_batch=study.frames_per_batch,
+            views_per_frame=study.views_per_frame,
+            seed=seed,
+            decode_threads=1,
+            signals=signals,
+        )
+
+    def _training(self, recipe: TrainRecipe, name: str, needs: tuple[Task, ...]) -> Task:
+        return Task(name, "train", {"data": _DATA, "recipe": recipe.model_dump(mode="json")}, needs)
 
     def _fits(self, avatar: Task, signal: str, fit: dict[str, float], iterations: tuple[int, ...], split: str) -> Task:
         settings = {
@@ -180,37 +266,31 @@ class Stages:
             "cameras": self._cameras,
             "frames_at_once": _FRAMES_AT_ONCE,
         }
-        label = f"{fit['prior_weight']:g} {fit['learning_rate']:g}"
+        label = " ".join(f"{value}" for value in fit.values())
         return Task(f"{split} {signal} {label} {avatar.name}", "fits", settings, (avatar,))
 
-    def _grid(self) -> list[dict[str, float]]:
-        study = self._study
+    def _tried(self, avatar: Task, iterations: int) -> list[Task]:
+        """The grid's fits to validation frames, of all signals."""
         return [
-            {"prior_weight": weight, "learning_rate": rate} for weight in study.fit_weights for rate in study.fit_rates
+            self._fits(avatar, signal, fit, (iterations,), "val")
+            for signal in DRIVING_SIGNALS
+            for fit in self._study.fits
         ]
 
-    def _tried(self, avatar: Task, signal: str, iterations: int) -> list[tuple[dict[str, float], float]]:
-        """The grid's settings and their scores on validation frames, the best first."""
-        tasks = [self._fits(avatar, signal, fit, (iterations,), "val") for fit in self._grid()]
+    def _best(self, avatar: Task, signal: str, iterations: int) -> list[tuple[dict[str, float], float]]:
+        """The grid's settings and their scores, the best first; they were run before."""
+        tasks = [self._fits(avatar, signal, fit, (iterations,), "val") for fit in self._study.fits]
         results = self._runner.run(tasks)
-        scored = [(fit, _score(results[task.name])) for fit, task in zip(self._grid(), tasks, strict=True)]
+        scored = [(fit, _score(results[task.name])) for fit, task in zip(self._study.fits, tasks, strict=True)]
         return sorted(scored, key=lambda pair: pair[1])
 
     def _choose_dam(self, dams: dict[float, Task]) -> None:
         """lambda_3, judged over all signals by the best fits of each; then the DAM's fits."""
         iterations = self._study.dam_iterations
-        # All at once, so that no process waits; the calls below find them done.
-        self._runner.run(
-            [
-                self._fits(avatar, signal, fit, (iterations,), "val")
-                for avatar in dams.values()
-                for signal in DRIVING_SIGNALS
-                for fit in self._grid()
-            ]
-        )
+        self._runner.run([*dams.values(), *(task for dam in dams.values() for task in self._tried(dam, iterations))])
         tried = {
-            weight: {signal: self._tried(avatar, signal, iterations) for signal in DRIVING_SIGNALS}
-            for weight, avatar in dams.items()
+            weight: {signal: self._best(dam, signal, iterations) for signal in DRIVING_SIGNALS}
+            for weight, dam in dams.items()
         }
         best = min(tried, key=lambda weight: sum(scores[0][1] for scores in tried[weight].values()))
         self.findings.latent_weight = best
@@ -221,62 +301,32 @@ class Stages:
             ordered = tuple(sorted(every, key=lambda pair: pair[1]))
             self.findings.choices["dam", signal] = Choice(scores[0][0], ordered)
 
-    def _choose_fits(self, method: str, avatar: Task) -> None:
-        iterations = self._study.prior_iterations
-        self._runner.run(
-            [
-                self._fits(avatar, signal, fit, (iterations,), "val")
-                for signal in DRIVING_SIGNALS
-                for fit in self._grid()
-            ]
-        )
-        for signal in DRIVING_SIGNALS:
-            tried = self._tried(avatar, signal, iterations)
-            self.findings.choices[method, signal] = Choice(tried[0][0], tuple(tried))
-
-    def _evaluate(
-        self,
-        avatars: dict[tuple[str, int], Task],
-        variants: dict[tuple[str, int], Task],
-        ambiguous: dict[tuple[str, int], Task],
-    ) -> None:
-        """All on held-out segments, as one list of tasks."""
-        study, found = self._study, self.findings
-        labelled: list[tuple[list[Row], Row, Task]] = []
-        for (method, seed), avatar in avatars.items():
-            label = {"method": method, "seed": seed}
+    def _drive(self, method: str, avatars: dict[tuple[str, int], Task]) -> None:
+        """Choose a method's fits on its first seed, then drive held-out frames with all seeds."""
+        study = self._study
+        iterations = study.prior_iterations if method in DRIVEN else study.dam_iterations
+        if method != "dam":
+            self._runner.run(self._tried(avatars[method, self._first], iterations))
             for signal in DRIVING_SIGNALS:
-                fit = found.choices[method, signal].fit
-                task = self._fits(avatar, signal, fit, study.iterations_of(method), "test")
-                labelled.append((found.fits, label, task))
-        for (method, seed), avatar in ambiguous.items():
-            label = {"method": method, "seed": seed}
-            for signal in _AMBIGUOUS_SIGNALS:
-                fit, iterations = found.choices[method, signal].fit, (0, study.prior_iterations)
-                task = self._fits(avatar, signal, fit, iterations, "test")
-                labelled.append((found.ambiguous_fits, label, task))
-        for (variant, seed), avatar in variants.items():
-            label = {"variant": variant, "seed": seed}
-            labelled.append((found.reconstructions, label, self._reconstructions(avatar)))
-        for shown, group in (("all", avatars), ("ambiguous", ambiguous)):
-            for (method, seed), avatar in group.items():
-                if method in DRIVEN:
-                    label = {"method": method, "seed": seed, "shown": shown}
-                    labelled.append((found.uncertainty, label, self._uncertainty(avatar, seed)))
-        for shown, limits in (("all", {}), ("ambiguous", ambiguous_settings())):
-            for seed in study.seeds:
-                for flow, changes in FLOWS.items():
-                    for signal in _AMBIGUOUS_SIGNALS:
-                        label = {"flow": flow, "seed": seed, "shown": shown}
-                        task = self._density(avatars["dam", seed], f"{shown} {flow}", signal, changes | limits, seed)
-                        if limits or shown == "all":
-                            labelled.append((found.densities, label, task))
+                tried = self._best(avatars[method, self._first], signal, iterations)
+                self.findings.choices[method, signal] = Choice(tried[0][0], tuple(tried))
+        labelled = []
+        for seed in study.seeds:
+            for signal in DRIVING_SIGNALS:
+                fit = self.findings.choices[method, signal].fit
+                task = self._fits(avatars[method, seed], signal, fit, study.iterations_of(method), "test")
+                labelled.append(({"method": method, "seed": seed}, task))
+        self._add(self.findings.fits, labelled)
+
+    def _drive_ambiguously(self, avatars: dict[tuple[str, int], Task]) -> None:
+        """The same of avatars that see little, with the settings that the method chose where it sees all."""
+        labelled = []
         for (method, seed), avatar in avatars.items():
-            labelled.append((found.samples, {"method": method, "seed": seed}, self._samples(avatar, seed)))
-        results = self._runner.run([task for _, _, task in labelled])
-        for rows, label, task in labelled:
-            result = results[task.name]
-            rows += [label | row for row in (result["rows"] if isinstance(result, dict) else result)]
+            for signal in _AMBIGUOUS_SIGNALS:
+                fit = self.findings.choices[method, signal].fit
+                task = self._fits(avatar, signal, fit, (0, self._study.prior_iterations), "test")
+                labelled.append(({"method": method, "seed": seed}, task))
+        self._add(self.findings.ambiguous_fits, labelled)
 
     def _reconstructions(self, avatar: Task) -> Task:
         frames = self.findings.data["frames"]
@@ -284,7 +334,7 @@ class Stages:
         settings = {
             "data": _DATA,
             "avatar": avatar.name,
-            "frames": [*spread(frames["train"], len(self._frames["test"])), *self._frames["test"]],
+            "frames": [*spread(frames["train"], len(self._frames["test"]) // 2), *self._frames["test"]],
             "cameras": self._cameras,
             "held_out_cameras": self.findings.data["test_cameras"],
             "calibration_frames": calibration,
@@ -295,16 +345,19 @@ class Stages:
         settings = {"data": _DATA, "avatar": avatar.name, "frames": self._frames["test"], "samples": 64, "seed": seed}
         return Task(f"uncertainty {avatar.name}", "uncertainty", settings, (avatar,))
 
-    def _density(self, coder: Task, name: str, signal: str, changes: dict[str, Any], seed: int) -> Task:
+    def _density(self, coder: Task, shown: str, flow: str, signal: str) -> Task:
+        limits = {"headset_views": "hmc", "keypoints": "keypoints"}
+        hidden = {name: AMBIGUOUS[name] for name, limited in limits.items() if limited == signal}
         settings = {
             "data": _DATA,
             "avatar": coder.name,
-            "avatar_changes": changes | {"signals": [signal]},
+            "avatar_changes": FLOWS[flow] | (hidden if shown == "ambiguous" else {}) | {"signals": [signal]},
+            "whitened": flow == WHITENED,
             "steps": self._study.density_steps,
-            "learning_rate": 1e-3,
-            "seed": seed,
+            "learning_rate": 2e-3,
+            "seed": coder.settings["recipe"]["seed"],
         }
-        return Task(f"density {name} {signal} {coder.name}", "density", settings, (coder,))
+        return Task(f"density {shown} {flow} {signal} {coder.name}", "density", settings, (coder,))
 
     def _samples(self, avatar: Task, seed: int) -> Task:
         settings = {"data": _DATA, "avatar": avatar.name, "count": self._study.samples, "seed": seed}

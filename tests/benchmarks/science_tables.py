@@ -14,6 +14,11 @@ from lipflow.types import DRIVING_SIGNALS
 
 _BASELINE = "dam"
 _ERRORS = ("image_mse", "geometry_rmse_mm")
+_ABLATIONS = (
+    ("prior-sample reconstruction", "conditional+prior-rec", "conditional"),
+    ("flow", "lipflow", "conditional+prior-rec"),
+    ("drivers", "dam-regressor", "dam"),
+)
 
 
 def all_tables(found: Findings, baseline_iterations: int) -> str:
@@ -21,26 +26,33 @@ def all_tables(found: Findings, baseline_iterations: int) -> str:
     tables = (
         choices_table(found),
         driven_table(found, baseline_iterations),
+        ablations_table("Ablations on held-out expressions", found.fits),
         fitting_table(found),
         regions_table(found, baseline_iterations),
         variants_table(found),
         ambiguous_table(found),
+        ablations_table("Ablations on ambiguous signals", found.ambiguous_fits),
         samples_table(found),
         uncertainty_table(found),
         densities_table(found),
         costs_table(found),
     )
-    return "\n\n".join(tables)
+    missing = [] if found.complete else ["**Incomplete**: the time was over; rows and tables are missing."]
+    return "\n\n".join([*missing, *tables])
 
 
 def choices_table(found: Findings) -> str:
     """What validation frames chose."""
     rows = [
-        (method, signal, f"{choice.fit['prior_weight']:g}", f"{choice.fit['learning_rate']:g}", str(len(choice.tried)))
+        (method, signal, _named(choice.fit), "; ".join(f"{_named(fit)}: {score:.3f}" for fit, score in choice.tried))
         for (method, signal), choice in found.choices.items()
     ]
     title = f"Chosen on validation frames; weight of the DAM's KL: {found.latent_weight:g}"
-    return _table(title, ("method", "signal", "fit lambda", "fit learning rate", "settings tried"), rows)
+    return _table(title, ("method", "signal", "fit", "tried: log error"), rows)
+
+
+def _named(settings: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in settings.items())
 
 
 def driven_table(found: Findings, baseline_iterations: int) -> str:
@@ -63,6 +75,19 @@ def driven_table(found: Findings, baseline_iterations: int) -> str:
                 )
     columns = ("signal", "method", "it", "image MSE", "PSNR dB", "geometry mm", "image / DAM", "geometry / DAM")
     return _table(f"Held-out expressions; ratios to the tuned DAM at {baseline_iterations} iterations", columns, rows)
+
+
+def ablations_table(title: str, fits: Sequence[Row]) -> str:
+    """One method against another that lacks one part of it: ratios of errors."""
+    rows = [
+        (signal, f"{name}: {with_it} / {without}", str(count), *(_ratio(above, below, key) for key in _ERRORS))
+        for signal in in_order(row["latent"] for row in fits)
+        for name, with_it, without in _ABLATIONS
+        for count in sorted({row["iterations"] for row in fits})
+        if (above := where(fits, latent=signal, method=with_it, iterations=count))
+        if (below := where(fits, latent=signal, method=without, iterations=count))
+    ]
+    return _table(title, ("signal", "part", "it", "image", "geometry"), rows)
 
 
 def fitting_table(found: Findings) -> str:
@@ -121,12 +146,20 @@ def ambiguous_table(found: Findings) -> str:
 
 def samples_table(found: Findings) -> str:
     """Random samples of the priors."""
-    keys = ("frechet_mm", "held_out_frechet_mm", "real_frechet_mm", "spread_mm", "real_spread_mm")
+    keys = (
+        *("frechet_mm2", "held_out_frechet_mm2", "real_frechet_mm2"),
+        *("precision", "recall", "diversity_mm", "real_diversity_mm"),
+    )
     rows = []
     for method in in_order(row["method"] for row in found.samples):
-        of = where(found.samples, method=method)
-        rows.append((method, *(", ".join(f"{row[key]:.3f}" for row in of) for key in keys)))
-    return _table("Random samples without any signal, seed by seed", ("method", *keys), rows)
+        of, base = where(found.samples, method=method), where(found.samples, method=_BASELINE)
+        ratio = f"{_mean(of, keys[0]) / _mean(base, keys[0]):.3f}" if base else "-"
+        rows.append((method, ratio, *(", ".join(f"{row[key]:.3f}" for row in of) for key in keys)))
+    return _table("Random samples without any signal, seed by seed", ("method", "frechet / DAM", *keys), rows)
+
+
+def _mean(rows: Sequence[Row], key: str) -> float:
+    return sum(row[key] for row in rows) / len(rows)
 
 
 def uncertainty_table(found: Findings) -> str:
@@ -153,10 +186,12 @@ def costs_table(found: Findings) -> str:
 
 
 def _ratio(above: Sequence[Row], below: Sequence[Row], key: str) -> str:
-    """``ratio [low, high]``, 95 %, of the means of two methods on the same frames.
+    """``ratio [low, high]``, 95 %, of the means of two methods on the same frames; ``-`` while one is missing.
 
     Whole segments and seeds are resampled: frames of one segment are not independent.
     """
+    if not above or not below:
+        return "-"
     segments = [frame.split("/")[0] for frame in sorted({row["frame_id"] for row in above})]
     found = bootstrap_ratio(by_seed(above, key), by_seed(below, key), blocks=segments)
     return f"{found.mean:.3f} [{found.low:.3f}, {found.high:.3f}]"

@@ -13,22 +13,21 @@ from typing import Any
 import torch
 from science_density import density
 from science_samples import prior_samples, uncertainty
-from torch import nn
 
+from cluster.objective import Objective
 from cluster.scoring import calibrate_colors, score_fits, score_reconstructions
 from cluster.training_loop import (
     STATISTICS_FRAMES,
     TrainRecipe,
-    avatar_for,
     batches_from,
+    descend,
     learning_rate_factor,
     parameter_groups,
     seed_of,
-    validation_loss,
+    untrained_avatar,
 )
 from lipflow.checkpoint import save_avatar
 from lipflow.config import FitConfig, RenderConfig
-from lipflow.losses import training_loss
 from lipflow.render.renderer import Renderer
 from pipeline.captures.opening import open_capture
 from pipeline.dome.writer import DomeConfig, finish_dome, pending_runs, plan_dome, write_dome_run, write_dome_static
@@ -73,28 +72,29 @@ def train(scratch: Path, name: str, settings: Settings) -> dict[str, Any]:
     """One avatar, by the very loop of the train job without its cluster, checkpoints and tracking."""
     recipe = TrainRecipe.model_validate(settings["recipe"])
     opened = ShardSet.open(str(scratch / settings["data"] / "shards"))
-    avatar = avatar_for(opened, recipe.avatar)
-    renderer = Renderer(opened.topology, recipe.render.backend, filter=recipe.render.filter)
+    avatar = untrained_avatar(opened, recipe, str(scratch / recipe.model) if recipe.model else None)
+    render = recipe.render
+    renderer = Renderer(opened.topology, render.backend, filter=render.filter, antialias=render.antialias)
     measured = spread(opened.frame_ids("train"), STATISTICS_FRAMES)
-    avatar.measure_driving(opened.frames(measured, opened.train_camera_ids[:1]).driving)
+    driving = opened.frames(measured, opened.train_camera_ids[:1]).driving
+    avatar.measure_driving(driving, recipe.add_drivers or avatar.signals)
+    objective = Objective(avatar, renderer, recipe.loss, recipe.add_drivers)
     loader = ShardLoader(opened, "train", opened.train_camera_ids, recipe.loader)
     optimizer = torch.optim.Adam(parameter_groups(avatar, recipe), fused=True)
     generator, batches, trace = torch.Generator(), batches_from(loader, 0), []
     for step in range(recipe.steps):
+        batch = next(batches)
         generator.manual_seed(seed_of(recipe.seed, step, 0))
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * learning_rate_factor(step, recipe)
-        losses = training_loss(avatar, renderer, next(batches), recipe.loss, generator)
-        optimizer.zero_grad(set_to_none=True)
-        losses.total.backward()
-        nn.utils.clip_grad_norm_(avatar.parameters(), recipe.gradient_clip_norm)
-        optimizer.step()
+        losses = objective(batch, generator)
+        descend(losses.total, optimizer, recipe.gradient_clip_norm, step, batch.frame_ids)
         if (step + 1) % recipe.log_every_steps == 0:
             reported = losses.terms | losses.diagnostics
             trace.append({"step": step + 1} | {key: value.item() for key, value in reported.items()})
     cameras = spread(opened.train_camera_ids, recipe.validation_cameras)
     held = [opened.frames([frame], cameras) for frame in spread(opened.frame_ids("val"), recipe.validation_frames)]
-    total, frames = validation_loss(avatar, renderer, held, recipe.loss)
+    total, frames = objective.validate(held)
     save_avatar(avatar, scratch / "avatars" / name)
     views = recipe.steps * recipe.loader.frames_per_batch * recipe.loader.views_per_frame
     return {"validation_loss": total / frames, "views": views, "trace": trace}

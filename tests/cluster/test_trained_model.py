@@ -54,7 +54,7 @@ def test_the_avatars_settings_are_the_models_but_for_its_drivers(model: str):
     recipe = _resolved(model, steps=7)
     assert recipe.avatar == CONFIG.model_copy(update={"method": "dam-regressor", "signals": ("keypoints",)})
     assert recipe.steps == 7
-    assert _resolved(model, avatar={"driver_hidden_size": 33}).avatar.driver_hidden_size == 33
+    assert _resolved(model, avatar={"driver_hidden_size": 36}).avatar.driver_hidden_size == 36
     # Both what the model was trained with and what was recorded can be given.
     assert _resolved(model, avatar=CONFIG.model_dump(), steps=7) == recipe
     assert _resolved(model, avatar=recipe.avatar.model_dump(), steps=7) == recipe
@@ -63,7 +63,7 @@ def test_the_avatars_settings_are_the_models_but_for_its_drivers(model: str):
 def test_settings_that_would_change_the_model_are_refused(model: str):
     with pytest.raises(ConfigError, match=r"avatar\.latent_size is that of the trained avatar"):
         _resolved(model, avatar={"latent_size": 8})
-    with pytest.raises(ConfigError, match="dam-regressor, whose prior"):
+    with pytest.raises(ConfigError, match="dam-regressor, whose KL"):
         _resolved(model, loss={"latent_estimate": "likelihood"})
 
 

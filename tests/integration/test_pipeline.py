@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -171,6 +171,16 @@ def test_an_evaluation_is_written_whole_and_its_scores_give_its_tables_again(fin
     assert again.sheets[0] == finished.evaluation.sheet
 
 
+def four_samples_a_pixel(renderer, vertices, textures, batch) -> tuple[np.ndarray, np.ndarray]:
+    """Mean image ``(K, 3, H, W)``, and ``(K, H, W)`` the triangle of a pixel that is covered whole, else -1."""
+    height, width = batch.images.shape[-2:]
+    fine = replace(batch.cameras, intrinsics=batch.cameras.intrinsics * torch.tensor([[2.0], [2.0], [1.0]]))
+    drawn = renderer.render(vertices, textures, fine, (2 * height, 2 * width))
+    image = drawn.image[0].numpy().reshape(-1, 3, height, 2, width, 2).mean((3, 5))
+    triangles = drawn.triangle_id[0].numpy().reshape(-1, height, 2, width, 2)
+    return image, np.where((triangles >= 0).all((2, 4)), triangles[:, :, 1, :, 1], -1)
+
+
 def test_scores_agree_with_metrics_of_a_rendering_by_hand(shards, finished: Finished):
     """The encoder's row of one held-out frame, rendered and measured here view by view and region by region."""
     shard_set = ShardSet.open(shards.uri)
@@ -186,13 +196,13 @@ def test_scores_agree_with_metrics_of_a_rendering_by_hand(shards, finished: Fini
     of_faces = face_regions(shard_set.topology, labels)
     assert shard_set.frontal_camera_id not in sheet.train_cameras
     batch = shard_set.frames([frame_id], list(sheet.train_cameras))
-    size = tuple(batch.images.shape[-2:])
     with torch.no_grad():
         z = avatar.encode(batch.vertices, batch.average_texture).mean
         decoded = avatar.decode(z, batch.cameras.view_vectors())
         textures = avatar.correct_color(decoded.textures, batch.camera_index)
-        ours = renderer.render(decoded.vertices, textures, batch.cameras, size).image.clamp(0, 255)[0].numpy()
-        triangles = renderer.render(batch.vertices, textures, batch.cameras, size).triangle_id[0].numpy()
+        image, _ = four_samples_a_pixel(renderer, decoded.vertices, textures, batch)
+        _, triangles = four_samples_a_pixel(renderer, batch.vertices, textures, batch)
+        ours = image.clip(0, 255)
     errors = ((ours - batch.images[0].numpy().astype(np.float64)) ** 2).mean(1)
     seen = triangles >= 0
     mse = np.mean([error[mask].mean() for error, mask in zip(errors, seen, strict=True)])
@@ -289,15 +299,14 @@ def test_calibration_of_held_out_cameras_is_least_squares_by_hand(shards, finish
     renderer = Renderer(shard_set.topology)
     camera_id = shard_set.test_camera_ids[0]
     batch = shard_set.frames([frame_id], [camera_id])
-    size = tuple(batch.images.shape[-2:])
     with torch.no_grad():
         z = avatar.encode(batch.vertices, batch.average_texture).mean
         decoded = avatar.decode(z, batch.cameras.view_vectors())
-        ours = renderer.render(decoded.vertices, decoded.textures, batch.cameras, size)
-        tracked = renderer.render(batch.vertices, decoded.textures, batch.cameras, size)
-    seen = (ours.mask & tracked.mask)[0, 0].numpy()
+        image, triangles = four_samples_a_pixel(renderer, decoded.vertices, decoded.textures, batch)
+        _, tracked = four_samples_a_pixel(renderer, batch.vertices, decoded.textures, batch)
+    seen = ((triangles >= 0) & (tracked >= 0))[0]
     for channel in range(3):
-        predicted = ours.image[0, 0, channel].numpy()[seen].astype(np.float64)
+        predicted = image[0, channel][seen].astype(np.float64)
         target = batch.images[0, 0, channel].numpy()[seen].astype(np.float64)
         design = np.stack([predicted, np.ones_like(predicted)], -1)
         (gain, bias), *_ = np.linalg.lstsq(design, target, rcond=None)

@@ -151,7 +151,7 @@ TINY = {
     "driver_image_size": 16,
     "driver_channels": (5, 4),
     "driver_hidden_size": 12,
-    "driver_token_size": 8,
+    "driver_landmark_size": 8,
     "driver_subset_dropout": 0.0,
     "flow_hidden_size": 8,
 }

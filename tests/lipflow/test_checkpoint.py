@@ -19,7 +19,7 @@ def outputs(avatar, batch) -> list[torch.Tensor]:
     decoded = avatar.decode(z, batch.cameras.view_vectors())
     posterior = avatar.encode(batch.vertices, batch.average_texture)
     tensors = [decoded.vertices, avatar.correct_color(decoded.textures, batch.camera_index), posterior.mean]
-    for signal in batch.driving.available() if not avatar.config.is_driven else avatar.signals:
+    for signal in batch.driving.available() if not avatar.config.has_drivers else avatar.signals:
         prior = avatar.prior(signal, batch.driving)
         tensors += [prior.mean, avatar.start(prior), avatar.log_prior(z, prior)]
     return tensors

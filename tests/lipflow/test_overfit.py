@@ -1,8 +1,8 @@
 """One frame of a dome, eight views, the small preset: the model and its loss can show what they are shown.
 
-On the real face where it is here, on the procedural head otherwise, with the settings of ``small-dam``: image weight
-0.05, posterior scales 1 and 0.1, learning rate 4e-3; antialiased. Masked PSNR is over all pixels whose centres the
-tracked mesh covers, outlines included, of what the posterior's mean decodes to.
+On the real face where it is here, on the procedural head otherwise: image weight 0.05, learning rate 8e-3, antialiased,
+all else by default. Masked PSNR is over all pixels whose centres the tracked mesh covers, outlines included, of what
+the posterior's mean decodes to.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from pipeline.sharding.shards import write_shards
 
 FACE = Path(__file__).resolve().parents[3] / "shared" / "assets" / "realface"
 VIEWS = 8
-STEPS, WARM_UP = 700, 50
-LEARNING_RATE, COLOR_FACTOR = 4e-3, 10.0
+STEPS, WARM_UP = 500, 50
+LEARNING_RATE, COLOR_FACTOR = 8e-3, 10.0
 
 
 @pytest.fixture(scope="module")
@@ -68,15 +68,15 @@ def scores(avatar: Avatar, renderer: Renderer, batch: FrameBatch) -> tuple[float
 
 
 @pytest.mark.slow
-def test_one_frame_of_eight_views_is_shown_at_37_db(shards):
-    """Measured on the real face, after 0, 100, 300, 500, 700 steps: 28.6, 35.3, 36.2, 37.2, 37.4 dB; 79 CPU seconds."""
+def test_one_frame_of_eight_views_is_shown_at_38_db(shards):
+    """Measured on the real face: 28.7 dB before, 38.04 dB and 0.29 mm after, in 69 s of CPU time."""
     context = AvatarContext(
         topology=shards.topology,
         normalization=shards.normalization,
         camera_ids=tuple(camera.camera_id for camera in shards.cameras),
         train_camera_ids=tuple(shards.train_camera_ids),
     )
-    config = AvatarConfig.small(method="dam", texture_size=128, mean_scale=1.0, log_std_scale=0.1)
+    config = AvatarConfig.small(method="dam", texture_size=128)
     avatar, renderer = Avatar(config, context), Renderer(shards.topology, antialias=True)
     batch = shards.frames(shards.frame_ids("train")[:1], shards.train_camera_ids[:VIEWS])
     assert bool(batch.view_present.all())
@@ -94,5 +94,5 @@ def test_one_frame_of_eight_views_is_shown_at_37_db(shards):
         optimizer.step()
     found, found_mm = scores(avatar, renderer, batch)
     assert before < 31
-    assert found >= 37
+    assert found >= 38
     assert found_mm < 0.5 * before_mm

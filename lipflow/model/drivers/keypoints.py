@@ -56,7 +56,7 @@ class KeypointDriver(Driver):
         ranks = torch.cdist(mean, mean).argsort(dim=-1, stable=True).argsort(-1)
         self.register_buffer("nearest_first", ranks, persistent=False)
         self.unit_mm = float(context.normalization.vertices_std)
-        count, width = len(mean), config.driver_token_size
+        count, width = len(mean), config.driver_landmark_size
         self.weight = nn.Parameter(torch.empty(count, 3, width).normal_(0, 0.5))
         self.embedding = nn.Parameter(torch.empty(count, width).normal_(0, 0.1))
         self.landmarks = MaskedSetEncoder(count, width, config.driver_hidden_size)

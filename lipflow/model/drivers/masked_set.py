@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lipflow.model.blocks import NormLinear, leaky
@@ -26,7 +27,8 @@ class MaskedSetEncoder(nn.Module):
     def __init__(self, parts: int, width: int, outputs: int):
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.attention = nn.MultiheadAttention(width, _HEADS, batch_first=True)
+        self.query_key_value = nn.Linear(width, 3 * width)
+        self.attended = nn.Linear(width, width)
         self.own_norm = nn.LayerNorm(width)
         self.expand = NormLinear(width, 2 * width)
         self.contract = NormLinear(2 * width, width, last=True)
@@ -37,9 +39,12 @@ class MaskedSetEncoder(nn.Module):
 
         The token of a part that is not seen must not depend on what stands in its place.
         """
-        key = self.norm(token)
+        heads = self.query_key_value(self.norm(token)).unflatten(-1, (3, _HEADS, -1))
+        query, key, value = heads.permute(2, 0, 3, 1, 4)
         # A frame without any is not masked: not every kernel has a value for a softmax over nothing.
-        hidden = ~seen & seen.any(-1, keepdim=True)
-        token = token + self.attention(key, key, key, key_padding_mask=hidden, need_weights=False)[0]
+        asked = (seen | ~seen.any(-1, keepdim=True))[:, None, None]
+        # Not nn.MultiheadAttention, which rounds otherwise where no gradient is kept.
+        told = F.scaled_dot_product_attention(query, key, value, attn_mask=asked)
+        token = token + self.attended(told.transpose(1, 2).flatten(2))
         token = token + self.contract(leaky(self.expand(self.own_norm(token))))
         return leaky(self.fc(token.flatten(1)))
