@@ -21,6 +21,7 @@ import lipflow
 from cluster.redaction import redact_text
 from cluster.run import Run
 from cluster.tracking import SHARDS_DIGEST_TAG, TrackingConfig, open_client
+from lipflow.checkpoint import RECORD_FILE
 from lipflow.errors import LipflowError
 from lipflow.types import DrivingSignals
 from pipeline import storage
@@ -203,8 +204,8 @@ def download_model(model: str, local_dir: str | Path, config: TrackingConfig | N
     """The folder with the avatar that ``model`` names, for ``lipflow.checkpoint.load_avatar``.
 
     Args:
-        model: a path, ``file://…``, ``s3://…``, ``models:/name@alias``, ``models:/name/version`` or
-            ``runs:/RUN_ID[/PATH]``.
+        model: a path, ``file://…`` or ``s3://…`` of an avatar or of a training's OUT, ``models:/name@alias``,
+            ``models:/name/version`` or ``runs:/RUN_ID[/PATH]``.
         local_dir: where remote files are put; a local model stays where it is.
         config: the tracking store, for ``models:/`` and ``runs:/``.
 
@@ -231,7 +232,9 @@ def download_model(model: str, local_dir: str | Path, config: TrackingConfig | N
         return _avatar_folder(folder, model)
     if not storage.listdir(model):
         raise RegistryError(f"nothing is stored under {model}: give the OUT of a training, or models:/NAME@ALIAS")
-    storage.download_dir(model, local_dir)
+    inside = storage.join(model, _ARTIFACT_FOLDER)
+    # The rest of a training's OUT is checkpoints, which nobody wants to wait for.
+    storage.download_dir(inside if storage.exists(storage.join(inside, RECORD_FILE)) else model, local_dir)
     return _avatar_folder(local_dir, model)
 
 
@@ -251,9 +254,10 @@ def _download_artifacts(client: MlflowClient, uri: str, local_dir: Path, model: 
 
 
 def _avatar_folder(folder: Path, model: str) -> Path:
-    """The avatar inside a packaged MLflow model, or the folder itself if it is none."""
+    """The avatar inside a packaged MLflow model or a training's OUT, or the folder itself if it is neither."""
     if not (folder / _MLFLOW_FILE).is_file():
-        return folder
+        inside = folder / _ARTIFACT_FOLDER
+        return inside if (inside / RECORD_FILE).is_file() and not (folder / RECORD_FILE).is_file() else folder
     from mlflow.models import Model
 
     try:

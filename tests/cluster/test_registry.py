@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -31,6 +32,7 @@ from lipflow.errors import LipflowError
 from lipflow.model.avatar import Avatar
 from lipflow.model.context import AvatarContext
 from lipflow.types import Camera, CameraTensors, DrivingSignals, Normalization, Topology
+from pipeline import storage
 
 # Raised inside MLflow, about its own use of SQLAlchemy and pandas.
 pytestmark = [
@@ -179,6 +181,21 @@ def test_every_way_to_name_a_model_gives_the_same_avatar(config, registered, mod
     ours, theirs = make_avatar().state_dict(), avatar.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_the_out_of_a_training_stands_for_its_avatar(model_dir, tmp_path, s3_server):
+    """On S3 nothing else of it is fetched."""
+    out = tmp_path / "out"
+    shutil.copytree(model_dir, out / "avatar")
+    (out / "ray").mkdir()
+    (out / "ray" / "checkpoint").write_bytes(b"large")
+    assert download_model(str(out), tmp_path / "local") == out / "avatar"
+    uri = s3_server.uri("trained", "out")
+    storage.upload_dir(out, uri)
+    for place in (uri, f"{uri}/avatar"):
+        folder = download_model(place, tmp_path / "from-s3" / place.rpartition("/")[2])
+        assert {path.name for path in folder.iterdir()} == {path.name for path in model_dir.iterdir()}
+        load_avatar(folder)
 
 
 @pytest.mark.parametrize(
