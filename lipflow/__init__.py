@@ -1,5 +1,19 @@
 """LiP-Flow: face avatars that are trained on domes and driven by little.
 
+===================  =============================================================================================
+``types``            words and conventions: units, frames, cameras, textures; batches and driving signals
+``config``           settings of the avatar, the losses, the fit and the renderer
+``model``            the avatar: encoder, decoder, colours, flow, and ``model.drivers``, a file for each signal
+``render``           differentiable rendering, and unwrapping
+``losses``           what trainings minimise
+``fitting``          the latent code that explains a signal, through time if asked, and how sure it is
+``sampling``         faces drawn from a prior
+``metrics``          how far two faces differ; ``regions`` where, ``sample_metrics`` two sets of faces
+``bootstrap``        intervals of what was measured
+``checkpoint``       avatars as files
+``multiface``        weights of the public Multiface code
+===================  =============================================================================================
+
 The names below are loaded at first use, so that ``import lipflow`` costs nothing.
 """
 

@@ -13,6 +13,7 @@
 ``software``        a backend out of ``reference`` or ``cpu``, ``texture`` and ``antialias``
 ``texture``         bilinear and mip-mapped look-up; ``texture_cpu`` its fused kernels for CPU tensors
 ``antialias``       blending across silhouettes, and its gradients
+``outline``         blended outlines over a photo's own background, as photos are compared with
 ``cuda``            a backend out of nvdiffrast, on GPUs
 ``vertex_values``   values of the vertices, seen through a rendering's pixels
 ``unwrap``          the way back: photos into texture space

@@ -2,8 +2,9 @@
 
 One file a signal: its declaration (:class:`lipflow.model.drivers.signal.Signal`), its encoder, and its view for the
 fit. Every module of this room is imported here, so that a new file is a new signal, which can be configured, trained,
-fused and saved by its name. To be fitted to, it also needs what it shows in ``lipflow.fitting``; and one that is
-computed from nothing in :class:`lipflow.types.DrivingSignals` needs a field there, and a reader of it in ``pipeline``.
+fused and saved by its name. To be fitted to, it also needs what it shows in ``lipflow.fitting.observations``; and one
+that is computed from nothing in :class:`lipflow.types.DrivingSignals` needs a field there, and a reader of it in
+``pipeline``.
 
 Each driver sees its own signal alone, and what is absent has no influence: whatever stands in its place, it is masked.
 """
