@@ -50,10 +50,12 @@ def test_fit_lowers_the_objective_of_every_frame(make_avatar, renderer, frames, 
 @pytest.mark.parametrize("signal", ["hmc", "frontal", "keypoints"])
 def test_a_frame_fits_the_same_alone_as_among_others(make_avatar, renderer, frames, signal):
     avatar = make_avatar()
+    # Landmarks of noise are all outliers: points of equal objective, of which rounding would choose the best.
+    observe(avatar, renderer, frames.driving)
     config = FitConfig(iterations=5)
     together = fit(avatar, renderer, frames.driving, signal, config)
     alone = fit(avatar, renderer, select(frames.driving, slice(1, 2)), signal, config)
-    # Batched matrix products round differently; measured worst case 2e-6.
+    # Batched matrix products round differently; measured worst case 2e-6 in z, 2e-5 in the trace.
     torch.testing.assert_close(together.z[1:2], alone.z, atol=1e-4, rtol=0)
     torch.testing.assert_close(together.trace[:, 1:2], alone.trace, atol=1e-4, rtol=1e-4)
 
