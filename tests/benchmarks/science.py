@@ -70,7 +70,7 @@ def main() -> None:
         }
         document = asdict(found) | named
         (scratch / "findings.json").write_text(json.dumps(document))
-        runner.note(f"done; figures in {figures}, all rows in {scratch / 'findings.json'}")
+        runner.note(f"figures in {figures}, all rows in {scratch / 'findings.json'}")
 
 
 if __name__ == "__main__":
