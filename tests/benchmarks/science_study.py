@@ -151,19 +151,16 @@ class Stages:
             if method not in ("dam", *_FIRST_METHODS, *_SAMPLES_ALONE):
                 self._drive(method, avatars)
         self._drive_by_adam(avatars)
-        samples = [({"method": method, "seed": seed}, avatar) for (method, seed), avatar in avatars.items()]
+        # A regressor's prior and decoder are its DAM's.
+        own = {key: avatar for key, avatar in avatars.items() if key[0] != "dam-regressor"}
+        samples = [({"method": method, "seed": seed}, avatar) for (method, seed), avatar in own.items()]
         # Of every weight that was tried: the one that is best for fits need not be best for samples.
         others = [weight for weight in dams if weight != found.latent_weight]
         samples += [({"method": f"dam, {weight:g}", "seed": self._first}, dams[weight]) for weight in others]
         self._add(found.samples, [(label, self._samples(avatar, label["seed"])) for label, avatar in samples])
         self._add(
             found.encoders,
-            [
-                ({"method": method, "seed": seed}, self._encoder(avatar))
-                for (method, seed), avatar in avatars.items()
-                # Its encoder and decoder are the DAM's.
-                if method != "dam-regressor"
-            ],
+            [({"method": method, "seed": seed}, self._encoder(avatar)) for (method, seed), avatar in own.items()],
         )
         found.portrayed = {method: avatars[method, self._first].name for method in PORTRAYED}
         self._add(
@@ -364,15 +361,9 @@ class Stages:
         return Task(f"reconstructions {avatar.name}", "reconstructions", settings, (avatar,))
 
     def _encoder(self, avatar: Task) -> Task:
-        """What no fit can do better than by luck: held-out frames as the encoder, which sees them whole, has them."""
-        settings = {
-            "data": _DATA,
-            "avatar": avatar.name,
-            "frames": self._frames["test"],
-            "cameras": self._cameras,
-            "held_out_cameras": [],
-            "calibration_frames": [],
-        }
+        """Held-out frames as the encoder has them, which sees them whole: what fits can hardly surpass."""
+        fewer = {"frames": self._frames["test"], "held_out_cameras": [], "calibration_frames": []}
+        settings = self._reconstructions(avatar).settings | fewer
         return Task(f"encoder {avatar.name}", "reconstructions", settings, (avatar,))
 
     def _uncertainty(self, avatar: Task, seed: int) -> Task:
