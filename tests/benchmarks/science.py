@@ -2,13 +2,13 @@
 
 Trains every method on the same batches, chooses the DAM's weight of the KL and every method's fit on validation
 segments, and measures held-out segments, what matters most first. In a shell with two idle cores the full study is
-*estimated*, from CPU seconds of single steps and fits on a busy machine, at 100 minutes:
+*estimated*, from CPU seconds of single steps and fits on a busy machine, at about 100 minutes:
 
     data (synthetic dome, shards)                                         5
     dam (3 weights of the KL, and the best with a second seed),
-        choices by fits to validation frames                             11
-    lipflow, conditional+prior-rec, conditional: trainings and fits      25
-    dam-regressor, flow-gaussian, fits by Adam, samples, encoders        15
+        choices by fits to validation frames                             10
+    lipflow, conditional+prior-rec, conditional: trainings and fits      24
+    dam-regressor, flow-gaussian, fits by Adam, samples, encoders        16
     variants of the DAM in three quadrants                               17
     ambiguous signals                                                    13
     uncertainty of the priors, densities of frozen codes                  8

@@ -99,7 +99,7 @@ class Study:
     dome: DomeConfig
     shard: ShardConfig
     seeds: tuple[int, ...] = (0, 1)
-    steps: int = 1600
+    steps: int = 1500
     regressor_steps: int = 1000
     variant_steps: int = 800
     ambiguous_steps: int = 800
