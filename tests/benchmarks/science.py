@@ -1,11 +1,22 @@
 """The studies of the two papers' claims, on a synthetic dome: ``python tests/benchmarks/science.py --scratch DIR``.
 
-Trains every method on the same batches for the same number of steps, chooses the DAM's weight of the KL and every
-method's fit on validation segments, and measures held-out segments: driven faces by method, signal and fit iterations;
-the DAM's variants in three quadrants; random samples; what ambiguous signals leave open, with a flow and without. It
-prints the tables and draws the figures. Two processes of one core each take about two and a half hours. With
-``--scratch`` a killed run goes on where it was; after changes of the code, take another folder. ``--quick`` shows in
-two minutes that everything runs.
+Trains every method on the same batches, chooses the DAM's weight of the KL and every method's fit on validation
+segments, and measures held-out segments, what matters most first. In a shell with two idle cores the full study is
+*estimated*, from CPU seconds of single steps and fits on a busy machine, at about 100 minutes:
+
+    data (synthetic dome, shards)                                         5
+    dam (3 weights of the KL, and the best with a second seed),
+        choices by fits to validation frames                             10
+    lipflow, conditional+prior-rec, conditional: trainings and fits      24
+    dam-regressor, flow-gaussian, fits by Adam, samples, encoders        16
+    variants of the DAM in three quadrants                               17
+    ambiguous signals                                                    13
+    uncertainty of the priors, densities of frozen codes                  8
+    pictures (a small study of the procedural head, if --face is given)   4
+
+The tables are printed at the end. With ``--scratch`` a killed run goes on where it was, and ``--stop-after MINUTES``
+begins no task after so long, finishes those that run and prints what there is: the same command goes on later. After
+changes of the code, take another folder. ``--quick`` shows in two minutes that everything runs.
 """
 
 from __future__ import annotations
@@ -70,7 +81,7 @@ def main() -> None:
         }
         document = asdict(found) | named
         (scratch / "findings.json").write_text(json.dumps(document))
-        runner.note(f"done; figures in {figures}, all rows in {scratch / 'findings.json'}")
+        runner.note(f"figures in {figures}, all rows in {scratch / 'findings.json'}")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def density(scratch: Path, name: str, settings: dict[str, Any]) -> list[dict[str
     (signal,) = settings["avatar_changes"]["signals"]
     read = {split: _read(opened, coder, split, signal) for split in ("train", "val", "test")}
     known = read["train"].codes
-    centre, covariance = known.mean.mean(0), torch.cov(known.mean.T) + torch.diag(known.variance.mean(0))
+    centre, covariance = known.mean.mean(0), torch.cov(known.mean.T) + torch.diag((2 * known.log_std).exp().mean(0))
     axes = _whitening(covariance) if settings["whitened"] else torch.diag(covariance.diagonal().rsqrt())
     sets = {split: replace(codes, centre=centre, axes=axes) for split, codes in read.items()}
     nats_of_axes = -torch.linalg.slogdet(axes).logabsdet.item() / len(axes)

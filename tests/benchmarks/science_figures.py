@@ -86,7 +86,8 @@ def _signals(found: Findings) -> plt.Figure:
     axis.set_ylabel("energy score of driven meshes, mm")
     axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
     axis.grid(alpha=0.25)
-    axis.legend(frameon=False)
+    if places:
+        axis.legend(frameon=False)
     return figure
 
 

@@ -22,6 +22,9 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 """Name to changes of the avatar's and of the loss's settings; everything else is the same for all."""
 
+ADAM: dict[str, Any] = {"optimizer": "adam", "learning_rate": 0.1, "patience": None}
+"""Fits without curvature, which take many more iterations: what the papers compare."""
+
 LONG_FITS = ("dam", "dam-regressor", "lipflow")
 """Methods whose fits go on to the most iterations: they take most of the study's time."""
 
@@ -96,7 +99,7 @@ class Study:
     dome: DomeConfig
     shard: ShardConfig
     seeds: tuple[int, ...] = (0, 1)
-    steps: int = 1600
+    steps: int = 1500
     regressor_steps: int = 1000
     variant_steps: int = 800
     ambiguous_steps: int = 800

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from science_runner import Runner, StoppedEarly, Task
-from science_sizes import AMBIGUOUS, FLOWS, METHODS, PORTRAYED, VARIANTS, WHITENED, Study
+from science_sizes import ADAM, AMBIGUOUS, FLOWS, METHODS, PORTRAYED, VARIANTS, WHITENED, Study
 
 from cluster.training_loop import TrainRecipe
 from lipflow.config import AvatarConfig, LossConfig
@@ -50,7 +50,8 @@ class Findings:
         choices: (method, signal) -> settings of its fits.
         fits: driven held-out frames, by signal and iterations.
         ambiguous_fits: the same of avatars that see the ambiguous signals alone.
-        reconstructions: the encoder's, in all four quadrants.
+        encoders: reconstructions of held-out frames by each method's encoder, and the mean face.
+        reconstructions: the variants' encoders', in all four quadrants.
         uncertainty: of p(z | h).
         densities: of frozen codes.
         samples: of the priors, one row for each method and seed.
@@ -65,6 +66,7 @@ class Findings:
     choices: dict[tuple[str, str], Choice] = field(default_factory=dict)
     fits: list[Row] = field(default_factory=list)
     ambiguous_fits: list[Row] = field(default_factory=list)
+    encoders: list[Row] = field(default_factory=list)
     reconstructions: list[Row] = field(default_factory=list)
     uncertainty: list[Row] = field(default_factory=list)
     densities: list[Row] = field(default_factory=list)
@@ -148,11 +150,18 @@ class Stages:
         for method in METHODS:
             if method not in ("dam", *_FIRST_METHODS, *_SAMPLES_ALONE):
                 self._drive(method, avatars)
-        samples = [({"method": f"{method}", "seed": seed}, avatar) for (method, seed), avatar in avatars.items()]
+        self._drive_by_adam(avatars)
+        # A regressor's prior and decoder are its DAM's.
+        own = {key: avatar for key, avatar in avatars.items() if key[0] != "dam-regressor"}
+        samples = [({"method": method, "seed": seed}, avatar) for (method, seed), avatar in own.items()]
         # Of every weight that was tried: the one that is best for fits need not be best for samples.
         others = [weight for weight in dams if weight != found.latent_weight]
         samples += [({"method": f"dam, {weight:g}", "seed": self._first}, dams[weight]) for weight in others]
         self._add(found.samples, [(label, self._samples(avatar, label["seed"])) for label, avatar in samples])
+        self._add(
+            found.encoders,
+            [({"method": method, "seed": seed}, self._encoder(avatar)) for (method, seed), avatar in own.items()],
+        )
         found.portrayed = {method: avatars[method, self._first].name for method in PORTRAYED}
         self._add(
             found.reconstructions,
@@ -255,7 +264,7 @@ class Stages:
     def _training(self, recipe: TrainRecipe, name: str, needs: tuple[Task, ...]) -> Task:
         return Task(name, "train", {"data": _DATA, "recipe": recipe.model_dump(mode="json")}, needs)
 
-    def _fits(self, avatar: Task, signal: str, fit: dict[str, float], iterations: tuple[int, ...], split: str) -> Task:
+    def _fits(self, avatar: Task, signal: str, fit: dict[str, Any], iterations: tuple[int, ...], split: str) -> Task:
         settings = {
             "data": _DATA,
             "avatar": avatar.name,
@@ -318,6 +327,16 @@ class Stages:
                 labelled.append(({"method": method, "seed": seed}, task))
         self._add(self.findings.fits, labelled)
 
+    def _drive_by_adam(self, avatars: dict[tuple[str, int], Task]) -> None:
+        """The first seed fitted as the papers did, with the weights that were chosen for L-BFGS."""
+        labelled = []
+        for method, iterations in (("dam", self._study.iterations), ("lipflow", (0, self._study.prior_iterations))):
+            for signal in DRIVING_SIGNALS:
+                fit = self.findings.choices[method, signal].fit | ADAM
+                task = self._fits(avatars[method, self._first], signal, fit, iterations, "test")
+                labelled.append(({"method": f"{method}, Adam", "seed": self._first}, task))
+        self._add(self.findings.fits, labelled)
+
     def _drive_ambiguously(self, avatars: dict[tuple[str, int], Task]) -> None:
         """The same of avatars that see little, with the settings that the method chose where it sees all."""
         labelled = []
@@ -340,6 +359,12 @@ class Stages:
             "calibration_frames": calibration,
         }
         return Task(f"reconstructions {avatar.name}", "reconstructions", settings, (avatar,))
+
+    def _encoder(self, avatar: Task) -> Task:
+        """Held-out frames as the encoder has them, which sees them whole: what fits can hardly surpass."""
+        fewer = {"frames": self._frames["test"], "held_out_cameras": [], "calibration_frames": []}
+        settings = self._reconstructions(avatar).settings | fewer
+        return Task(f"encoder {avatar.name}", "reconstructions", settings, (avatar,))
 
     def _uncertainty(self, avatar: Task, seed: int) -> Task:
         settings = {"data": _DATA, "avatar": avatar.name, "frames": self._frames["test"], "samples": 64, "seed": seed}

@@ -26,6 +26,7 @@ def all_tables(found: Findings, baseline_iterations: int) -> str:
     tables = (
         choices_table(found),
         driven_table(found, baseline_iterations),
+        encoders_table(found),
         ablations_table("Ablations on held-out expressions", found.fits),
         fitting_table(found),
         regions_table(found, baseline_iterations),
@@ -75,6 +76,12 @@ def driven_table(found: Findings, baseline_iterations: int) -> str:
                 )
     columns = ("signal", "method", "it", "image MSE", "PSNR dB", "geometry mm", "image / DAM", "geometry / DAM")
     return _table(f"Held-out expressions; ratios to the tuned DAM at {baseline_iterations} iterations", columns, rows)
+
+
+def encoders_table(found: Findings) -> str:
+    """What the decoders can do where the encoder sees the whole face, and the mean face."""
+    title = "Held-out expressions as the encoders have them"
+    return _grouped(title, found.encoders, ("latent", "method"), _ERRORS)
 
 
 def ablations_table(title: str, fits: Sequence[Row]) -> str:

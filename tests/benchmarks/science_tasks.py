@@ -123,7 +123,8 @@ def reconstructions(scratch: Path, name: str, settings: Settings) -> list[dict[s
     """Rows of the encoder's reconstructions on training and held-out cameras, and of the mean face."""
     del name
     place = (str(scratch / "avatars" / settings["avatar"]), str(scratch / settings["data"] / "shards"), RenderConfig())
-    colors = calibrate_colors(*place, settings["calibration_frames"])
+    calibration = settings["calibration_frames"]
+    colors = calibrate_colors(*place, calibration) if calibration else {}
     cameras = settings["cameras"], settings["held_out_cameras"]
     scored = score_reconstructions(*place, settings["frames"], *cameras, colors)
     return [asdict(score) for score in scored.scores]
