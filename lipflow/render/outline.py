@@ -46,6 +46,3 @@ def over_photo(rendered: RenderOutput, photos: Tensor) -> Tensor:
     image = rendered.image.flatten(0, 1).movedim(1, -1)
     image = image.index_put((view, row, column), shown, accumulate=True)
     return image.movedim(-1, 1).unflatten(0, rendered.mask.shape[:2])
-
-
-__all__ = ["over_photo"]
