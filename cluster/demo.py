@@ -85,7 +85,7 @@ class DemoRecipe(StrictConfig):
     dam: TrainRecipe = _training("dam", 260)
     lipflow: TrainRecipe = _training("lipflow", 280)
     evaluate_dam: EvaluateRecipe = EvaluateRecipe(
-        fit=FitConfig(iterations=50),
+        fit=FitConfig(iterations=50, prior_weight=0.03),
         max_frames=12,
         max_cameras=8,
         picture_frames=3,
