@@ -134,6 +134,8 @@ def ray_head(tmp_path_factory: pytest.TempPathFactory, s3_server: S3Server) -> I
     port, dashboard_port = _free_port_for_ray(), _free_port_for_ray()
     command = [ray_command, "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}"]
     command += ["--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}"]
+    # By default all agents listen on one port, and a second cluster on the machine never gets an agent for its jobs.
+    command += [f"--dashboard-agent-listen-port={_free_port_for_ray()}"]
     command += ["--num-cpus=2", f"--object-store-memory={256 * 2**20}", "--disable-usage-stats"]
     # Unix sockets have short names; pytest's folders are too deep for them.
     temporary = tempfile.mkdtemp(prefix="lf-ray-")
