@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lipflow import sampling
 from lipflow.config import FitConfig
 from lipflow.errors import ConfigError
 from lipflow.fitting.objective import FitObjective, fit_objective
@@ -143,14 +144,9 @@ def vertex_std_mm(avatar: Avatar, beliefs: LatentPosterior, samples: int, genera
         samples: at least 2.
         generator: of the samples.
     """
-    total = avatar.vertices_mean.new_zeros(len(beliefs.centre), *avatar.vertices_mean.shape)
-    squares = torch.zeros_like(total)
-    for z in beliefs.sample(avatar, samples, generator):
-        # From the mean face, so that squares are of millimetres and lose no digits.
-        offset = avatar.decode_vertices(z) - avatar.vertices_mean
-        total, squares = total + offset, squares + offset.square()
-    variance = (squares - total.square() / samples) / (samples - 1)
-    return variance.clamp(min=0).sum(-1).sqrt()
+    drawn = beliefs.sample(avatar, samples, generator)
+    spread = sampling.vertex_std_mm(torch.stack([avatar.decode_vertices(z) for z in drawn]))
+    return spread.to(avatar.vertices_mean.dtype)
 
 
 def _new_direction(candidate: Tensor, basis: Tensor, otherwise: Tensor) -> Tensor:
