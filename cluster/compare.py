@@ -13,11 +13,11 @@ import typer
 
 from cluster import command
 from cluster.command import JsonOption, RecipeOption, SetOption
-from cluster.evaluation_report import Comparison, compared, write_comparison
-from cluster.protocols import Protocol
 from cluster.recipe import load_recipe
-from cluster.scores import read_scores
-from cluster.tables import IntervalUnit
+from cluster.reports.evaluation_report import Comparison, compared, write_comparison
+from cluster.scores.protocols import Protocol
+from cluster.scores.sheet import read_scores
+from cluster.scores.tables import IntervalUnit
 from lipflow.config import StrictConfig
 from lipflow.errors import ConfigError
 from pipeline import storage

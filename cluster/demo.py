@@ -19,16 +19,16 @@ import typer
 
 from cluster import command
 from cluster.command import JsonOption, RecipeOption, SetOption
-from cluster.demo_report import DemoOutcome, driven_side_by_side, headline_rows, report_content
 from cluster.evaluate import EvaluateRecipe, evaluate
-from cluster.evaluation import png_bytes
 from cluster.promote import PromoteRecipe, promote_model
 from cluster.recipe import load_recipe
-from cluster.report import HeadlineRow, print_table, render_report
+from cluster.records.tracking import TrackingConfig
+from cluster.reports.demo_report import DemoOutcome, driven_side_by_side, headline_rows, report_content
+from cluster.reports.page import HeadlineRow, print_table, render_report
 from cluster.runtime import ray_cluster
+from cluster.scores.evaluation import png_bytes
 from cluster.shard import ShardRecipe, shard
 from cluster.synth import synthesise
-from cluster.tracking import TrackingConfig
 from cluster.train import TrainRecipe, train
 from lipflow.config import AvatarConfig, FitConfig, LossConfig, RenderConfig, StrictConfig
 from lipflow.errors import ConfigError

@@ -1,9 +1,9 @@
 """The evaluation job: ``lipflow evaluate MODEL... SHARDS --out DIR``.
 
-Two protocols (:mod:`cluster.protocols`), both unless one is asked for: *multiface*, the encoder's reconstructions on
-{training, held-out} cameras x {training, held-out} expressions, and *lipflow*, held-out expressions driven by one
-signal each, after several numbers of fit iterations, compared with all training cameras but the frontal one. ``DIR``
-holds::
+Two protocols (:mod:`cluster.scores.protocols`), both unless one is asked for: *multiface*, the encoder's
+reconstructions on {training, held-out} cameras x {training, held-out} expressions, and *lipflow*, held-out expressions
+driven by one signal each, after several numbers of fit iterations, compared with all training cameras but the
+frontal one. ``DIR`` holds::
 
     report.html                 tables, pictures and curves on one page
     tables.md, tables/*.csv     the tables
@@ -31,19 +31,19 @@ from pydantic import Field, model_validator
 from cluster import command
 from cluster.command import JsonOption, RecipeOption, SetOption
 from cluster.compare import named, refuse_namesakes
-from cluster.evaluation import Evaluation, as_document, evaluation_rows, png_bytes
-from cluster.evaluation_report import Comparison, compared, write_comparison
-from cluster.evaluation_tasks import EvaluationPlan, draw, score_all
-from cluster.gallery import failure_sheets, picture_sheets, worst_frames
-from cluster.protocols import Protocol
 from cluster.recipe import load_recipe
-from cluster.registry import download_model, record_evaluation, registered_version
+from cluster.records.registry import download_model, record_evaluation, registered_version
+from cluster.records.tracking import TrackingConfig, initialise, tracked_run
+from cluster.reports.evaluation_report import Comparison, compared, write_comparison
+from cluster.reports.gallery import failure_sheets, picture_sheets, worst_frames
 from cluster.runtime import map_tasks, ray_cluster
-from cluster.scene import context_of, drivable_signals
-from cluster.scores import SCORES_FILE, ScoreSheet
-from cluster.scoring import calibrate_colors, held_out_cameras, scored_cameras
-from cluster.tables import IntervalUnit
-from cluster.tracking import TrackingConfig, initialise, tracked_run
+from cluster.scores.evaluation import Evaluation, as_document, evaluation_rows, png_bytes
+from cluster.scores.evaluation_tasks import EvaluationPlan, draw, score_all
+from cluster.scores.protocols import Protocol
+from cluster.scores.scene import context_of, drivable_signals
+from cluster.scores.scoring import calibrate_colors, held_out_cameras, scored_cameras
+from cluster.scores.sheet import SCORES_FILE, ScoreSheet
+from cluster.scores.tables import IntervalUnit
 from lipflow.checkpoint import load_avatar
 from lipflow.config import FitConfig, RenderConfig, Signal, StrictConfig
 from lipflow.errors import ConfigError

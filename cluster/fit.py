@@ -29,12 +29,12 @@ from safetensors.numpy import save
 
 from cluster import command
 from cluster.command import JsonOption, RecipeOption, SetOption
-from cluster.frame_fits import FittingConfig, FrameFit, RunFit, fit_frames
 from cluster.recipe import load_recipe
-from cluster.registry import download_model
+from cluster.records.registry import download_model
+from cluster.records.tracking import TrackingConfig, initialise, tracked_run
 from cluster.runtime import map_tasks, ray_cluster
-from cluster.scene import context_of, drivable_signals
-from cluster.tracking import TrackingConfig, initialise, tracked_run
+from cluster.scores.frame_fits import FittingConfig, FrameFit, RunFit, fit_frames
+from cluster.scores.scene import context_of, drivable_signals
 from lipflow.checkpoint import load_avatar
 from lipflow.config import StrictConfig
 from lipflow.errors import ConfigError

@@ -9,10 +9,10 @@ import typer
 
 from cluster import command
 from cluster.command import JsonOption, RecipeOption, SetOption
-from cluster.promotion import PromotionConfig, PromotionDecision, promote, rollback
 from cluster.recipe import load_recipe
-from cluster.registry import CHALLENGER, DEFAULT_NAME, parse_model_uri
-from cluster.tracking import TrackingConfig
+from cluster.records.promotion import PromotionConfig, PromotionDecision, promote, rollback
+from cluster.records.registry import CHALLENGER, DEFAULT_NAME, parse_model_uri
+from cluster.records.tracking import TrackingConfig
 from lipflow.config import StrictConfig
 
 
@@ -29,7 +29,7 @@ class PromoteRecipe(StrictConfig):
 
 
 def promote_model(model: str, recipe: PromoteRecipe) -> PromotionDecision:
-    """Compare a registered version, as it was evaluated, with the champion; see :func:`cluster.promotion.promote`.
+    """Compare a registered version, as it was evaluated, with the champion; see :mod:`cluster.records.promotion`.
 
     Raises:
         RegistryError: ``model`` is no ``models:/`` URI of a version that was evaluated.

@@ -21,11 +21,12 @@ from pydantic import Field
 
 from cluster import command
 from cluster.command import JsonOption, RecipeOption, SetOption
-from cluster.evaluation import png_bytes
 from cluster.recipe import load_recipe
-from cluster.registry import download_model
+from cluster.records.registry import download_model
+from cluster.records.tracking import TrackingConfig, initialise, tracked_run
 from cluster.runtime import map_tasks, ray_cluster
-from cluster.sample_tasks import (
+from cluster.scores.evaluation import png_bytes
+from cluster.scores.sample_tasks import (
     NO_SIGNAL,
     MetricsResult,
     SpreadResult,
@@ -33,10 +34,9 @@ from cluster.sample_tasks import (
     draw_faces,
     open_spread,
 )
-from cluster.samples import Samples, random_sheet, spread_sheet, summarised
-from cluster.scene import context_of
-from cluster.scoring import picture_camera
-from cluster.tracking import TrackingConfig, initialise, tracked_run
+from cluster.scores.samples import Samples, random_sheet, spread_sheet, summarised
+from cluster.scores.scene import context_of
+from cluster.scores.scoring import picture_camera
 from lipflow.checkpoint import load_avatar
 from lipflow.config import RenderConfig, Signal, StrictConfig
 from lipflow.errors import ConfigError

@@ -21,8 +21,8 @@ import typer
 from cluster import command
 from cluster.command import JsonOption, RecipeOption, SetOption
 from cluster.recipe import load_recipe
+from cluster.records.tracking import TrackingConfig, initialise, tracked_run
 from cluster.runtime import map_tasks, ray_cluster
-from cluster.tracking import TrackingConfig, initialise, tracked_run
 from lipflow.config import StrictConfig
 from pipeline import storage
 from pipeline.corrupt_files import CorruptFilesError, FaultLimit

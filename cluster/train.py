@@ -1,4 +1,4 @@
-"""The training job: ``lipflow train SHARDS OUT`` runs :mod:`cluster.training_loop` under Ray Train.
+"""The training job: ``lipflow train SHARDS OUT`` runs :mod:`cluster.training.loop` under Ray Train.
 
 The state of a training is its weights, its optimiser and a step number, so a run that was killed goes on exactly
 where its last checkpoint stands: submit the same command again. ``OUT`` holds::
@@ -41,13 +41,13 @@ from ray.train.torch import TorchTrainer
 from cluster import command
 from cluster.command import JsonOption, RecipeOption, SetOption
 from cluster.recipe import load_recipe
-from cluster.redaction import redact
-from cluster.registry import register_avatar
-from cluster.run import Run
+from cluster.records.redaction import redact
+from cluster.records.registry import register_avatar
+from cluster.records.run import Run
+from cluster.records.tracking import initialise, tracked_run
 from cluster.runtime import progress_bar, ray_cluster, unwrapped
-from cluster.tracking import initialise, tracked_run
-from cluster.trained_model import TrainedModel, fetched, resolved
-from cluster.training_loop import AVATAR_FOLDER, TrainRecipe, checkpoint_folder, train_worker
+from cluster.training.loop import AVATAR_FOLDER, TrainRecipe, checkpoint_folder, train_worker
+from cluster.training.trained_model import TrainedModel, fetched, resolved
 from lipflow.checkpoint import load_avatar
 from lipflow.errors import ConfigError, LipflowError
 from pipeline import storage

@@ -12,8 +12,8 @@ import time
 
 import torch
 
-from cluster.scene import open_scene
-from cluster.scoring import (
+from cluster.scores.scene import open_scene
+from cluster.scores.scoring import (
     TaskResult,
     held_out_cameras,
     score_fits,

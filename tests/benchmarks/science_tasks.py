@@ -14,9 +14,8 @@ import torch
 from science_density import density
 from science_samples import prior_samples, uncertainty
 
-from cluster.objective import Objective
-from cluster.scoring import calibrate_colors, score_fits, score_reconstructions
-from cluster.training_loop import (
+from cluster.scores.scoring import calibrate_colors, score_fits, score_reconstructions
+from cluster.training.loop import (
     STATISTICS_FRAMES,
     TrainRecipe,
     batches_from,
@@ -26,6 +25,7 @@ from cluster.training_loop import (
     seed_of,
     untrained_avatar,
 )
+from cluster.training.objective import Objective
 from lipflow.checkpoint import save_avatar
 from lipflow.config import FitConfig, RenderConfig
 from lipflow.render.renderer import Renderer

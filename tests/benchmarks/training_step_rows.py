@@ -32,7 +32,7 @@ def parts(shards_uri: str, method: str, options: dict[str, Any]) -> dict[str, Ca
     """
     import torch
 
-    from cluster.scene import context_of
+    from cluster.scores.scene import context_of
     from lipflow.config import AvatarConfig, LossConfig
     from lipflow.losses import training_loss
     from lipflow.model.avatar import Avatar

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.tracking import TrackingConfig, initialise
+from cluster.records.tracking import TrackingConfig, initialise
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from cluster.scores import FrameScore, ScoreSheet
+from cluster.scores.sheet import FrameScore, ScoreSheet
 
 FRAMES = ("S1/000001", "S1/000002", "S2/000001", "S2/000002")
 DIGEST = "d" * 64

@@ -14,7 +14,7 @@ import pytest
 import ray
 
 from cluster import cli, command
-from cluster.tracking import TrackingConfig
+from cluster.records.tracking import TrackingConfig
 from pipeline.captures.opening import open_capture
 from pipeline.dome.writer import DomeConfig, write_dome
 from pipeline.sharding.shards import ShardConfig, write_shards

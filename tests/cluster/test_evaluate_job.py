@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 from cluster import evaluate as job
 from cluster.compare import CompareRecipe, compare
 from cluster.evaluate import EvaluateRecipe, calibration_segments, evaluate_models
-from cluster.evaluation_report import compared
-from cluster.scene import context_of
-from cluster.scoring import calibrate_colors, held_out_cameras, scored_cameras
+from cluster.reports.evaluation_report import compared
+from cluster.scores.scene import context_of
+from cluster.scores.scoring import calibrate_colors, held_out_cameras, scored_cameras
 from lipflow.checkpoint import save_avatar
 from lipflow.config import AvatarConfig, RenderConfig
 from lipflow.errors import ConfigError

@@ -16,9 +16,9 @@ from safetensors import safe_open
 from trimesh import load_mesh
 
 from cluster import cli, command
-from cluster.frame_fits import FittingConfig, FrameFit
-from cluster.scene import context_of
-from cluster.tracking import TrackingConfig, load_table
+from cluster.records.tracking import TrackingConfig, load_table
+from cluster.scores.frame_fits import FittingConfig, FrameFit
+from cluster.scores.scene import context_of
 from lipflow.checkpoint import load_avatar, save_avatar
 from lipflow.config import AvatarConfig, FitConfig
 from lipflow.fitting import fit, fit_sequence

@@ -13,9 +13,10 @@ from PIL import Image
 from pydantic import ValidationError
 
 from cluster import cli
-from cluster.pictures import heat_map, heat_over_face
+from cluster.records.tracking import TrackingConfig, open_client
+from cluster.reports.pictures import heat_map, heat_over_face
 from cluster.sample import SampleRecipe, sample
-from cluster.sample_tasks import (
+from cluster.scores.sample_tasks import (
     NO_SIGNAL,
     ComparedSet,
     DrawFigures,
@@ -25,9 +26,8 @@ from cluster.sample_tasks import (
     compare_sets,
     open_spread,
 )
-from cluster.samples import random_sheet, spread_sheet, summarised
-from cluster.scene import context_of
-from cluster.tracking import TrackingConfig, open_client
+from cluster.scores.samples import random_sheet, spread_sheet, summarised
+from cluster.scores.scene import context_of
 from lipflow.checkpoint import load_avatar, save_avatar
 from lipflow.config import AvatarConfig, RenderConfig
 from lipflow.errors import ConfigError

@@ -13,8 +13,8 @@ import pytest
 import ray
 
 from cluster import cli, shard
+from cluster.records.tracking import TrackingConfig
 from cluster.shard import ShardRecipe, forecast
-from cluster.tracking import TrackingConfig
 from lipflow.errors import ConfigError
 from pipeline.corrupt_files import CorruptFilesError
 from pipeline.dome.writer import DomeConfig, write_dome

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from cluster.records.tracking import TrackingConfig
 from cluster.shard import ShardRecipe, ShardSummary, shard
 from cluster.synth import SynthSummary, synthesise
-from cluster.tracking import TrackingConfig
-from cluster.training_loop import TrainRecipe
+from cluster.training.loop import TrainRecipe
 from lipflow.config import AvatarConfig
 from pipeline.dome.writer import DomeConfig
 from pipeline.loading.loader import LoaderConfig

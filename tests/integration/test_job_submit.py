@@ -13,8 +13,8 @@ import pytest
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from cluster.recipe import dump_recipe
-from cluster.registry import find_version
-from cluster.tracking import TrackingConfig, initialise, open_client
+from cluster.records.registry import find_version
+from cluster.records.tracking import TrackingConfig, initialise, open_client
 from pipeline import storage
 from pipeline.loading.loader import ShardSet
 

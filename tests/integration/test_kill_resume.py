@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from cluster.recipe import dump_recipe
-from cluster.scene import context_of
-from cluster.tracking import TrackingConfig
+from cluster.records.tracking import TrackingConfig
+from cluster.scores.scene import context_of
 from cluster.train import train
-from cluster.training_loop import OPTIMIZER_FILE, TrainRecipe
+from cluster.training.loop import OPTIMIZER_FILE, TrainRecipe
 from lipflow.checkpoint import save_avatar
 from lipflow.config import AvatarConfig
 from lipflow.model.avatar import Avatar

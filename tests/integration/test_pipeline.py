@@ -12,14 +12,14 @@ import torch
 
 from cluster.compare import CompareRecipe, compare
 from cluster.evaluate import EvaluateRecipe, evaluate, evaluate_models
-from cluster.evaluation import Evaluation
 from cluster.promote import PromoteRecipe, promote_model
-from cluster.promotion import PromotionDecision
-from cluster.registry import download_model, find_version
-from cluster.scoring import calibrate_colors
+from cluster.records.promotion import PromotionDecision
+from cluster.records.registry import download_model, find_version
+from cluster.records.tracking import KIND_TAG, PARENT_RUN_TAG, SHARDS_DIGEST_TAG, load_table, open_client
+from cluster.scores.evaluation import Evaluation
+from cluster.scores.scoring import calibrate_colors
 from cluster.shard import ShardRecipe, shard
 from cluster.synth import synthesise
-from cluster.tracking import KIND_TAG, PARENT_RUN_TAG, SHARDS_DIGEST_TAG, load_table, open_client
 from cluster.train import TrainSummary, train
 from lipflow.checkpoint import load_avatar
 from lipflow.config import FitConfig, RenderConfig

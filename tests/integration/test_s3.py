@@ -12,11 +12,11 @@ import psutil
 import pytest
 
 from cluster.evaluate import EvaluateRecipe, evaluate
-from cluster.evaluation import Evaluation
-from cluster.registry import download_model
+from cluster.records.registry import download_model
+from cluster.records.tracking import TrackingConfig, open_client
+from cluster.scores.evaluation import Evaluation
 from cluster.shard import ShardRecipe, ShardSummary, shard
 from cluster.synth import synthesise
-from cluster.tracking import TrackingConfig, open_client
 from cluster.train import TrainSummary, train
 from lipflow.checkpoint import load_avatar
 from lipflow.config import FitConfig

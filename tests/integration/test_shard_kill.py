@@ -25,8 +25,8 @@ import psutil
 import pytest
 
 from cluster.recipe import dump_recipe
+from cluster.records.tracking import TrackingConfig
 from cluster.shard import ShardRecipe, shard
-from cluster.tracking import TrackingConfig
 from lipflow.errors import ConfigError
 from pipeline import storage
 from pipeline.dome.writer import DomeConfig, write_dome

@@ -20,8 +20,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from cluster.records.tracking import TrackingConfig
 from cluster.shard import ShardRecipe, ShardSummary, shard
-from cluster.tracking import TrackingConfig
 from pipeline import storage
 from pipeline.dome.writer import DomeConfig, write_dome
 from pipeline.loading.shardset import ShardSet

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.tracking import ERROR_TAG, TrackingConfig, open_client
+from cluster.records.tracking import ERROR_TAG, TrackingConfig, open_client
 from cluster.train import FailAtOnce, train
 from lipflow.config import LossConfig
 from lipflow.errors import ConfigError

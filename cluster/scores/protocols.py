@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from cluster.scores import ENCODER, MEAN_FACE, ScoreSheet
-from cluster.tables import Cell, Column, IntervalUnit, Key, Row, Table, Variant, interval_note, variants_of
+from cluster.scores.sheet import ENCODER, MEAN_FACE, ScoreSheet
+from cluster.scores.tables import Cell, Column, IntervalUnit, Key, Row, Table, Variant, interval_note, variants_of
 from lipflow.errors import ConfigError
 from lipflow.regions import REGIONS
 from lipflow.types import DRIVING_SIGNALS

@@ -17,7 +17,7 @@ from typing import Literal
 
 import torch
 
-from cluster.scores import FrameScore, ScoreSheet, require_comparable
+from cluster.scores.sheet import FrameScore, ScoreSheet, require_comparable
 from lipflow.bootstrap import BootstrapInterval, bootstrap_interval, bootstrap_ratio
 from lipflow.metrics import PEAK
 
@@ -34,7 +34,7 @@ class Key:
     """Which scores a line of a table is about.
 
     Attributes:
-        latent: as in :class:`cluster.scores.FrameScore`.
+        latent: as in :class:`cluster.scores.sheet.FrameScore`.
         iterations: likewise.
         cameras: ``train`` or ``held-out``.
         expressions: ``train`` or ``held-out``.

@@ -7,8 +7,8 @@ import pytest
 from pydantic import ValidationError
 
 from cluster.evaluate import EvaluateRecipe, chosen_frames
-from cluster.evaluation_tasks import consecutive_runs
-from cluster.gallery import Picture, failure_sheets, worst_frames
+from cluster.reports.gallery import Picture, failure_sheets, worst_frames
+from cluster.scores.evaluation_tasks import consecutive_runs
 from lipflow.config import FitConfig
 from tests.cluster.score_sheets import FRAMES, constant, scores_of
 

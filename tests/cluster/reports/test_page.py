@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from cluster.charts import Chart, chart_svg
-from cluster.pictures import (
+from cluster.reports.charts import Chart, chart_svg
+from cluster.reports.page import HeadlineRow, Measured, Picture, QuadrantRow, ReportContent, print_table, render_report
+from cluster.reports.pictures import (
     ERROR_FULL_SCALE,
     absolute_error,
     comparison_row,
@@ -22,7 +23,6 @@ from cluster.pictures import (
     heat_map,
     suggested_exposure,
 )
-from cluster.report import HeadlineRow, Measured, Picture, QuadrantRow, ReportContent, print_table, render_report
 from pipeline import storage
 
 HEADLINE = (

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cluster.pictures import contact_sheet, expose, heat_over_face, suggested_exposure
-from cluster.sample_tasks import ComparedSet, OpenSpread, SpreadResult
+from cluster.reports.pictures import contact_sheet, expose, heat_over_face, suggested_exposure
+from cluster.scores.sample_tasks import ComparedSet, OpenSpread, SpreadResult
 
 FIGURES = ("frechet_mm2", "precision", "recall", "diversity_mm")
 
@@ -29,7 +29,7 @@ class Repeated:
 
 @dataclass(frozen=True)
 class SampleRow:
-    """One set of meshes against real ones; the figures are those of :class:`cluster.sample_tasks.DrawFigures`.
+    """One set of meshes against real ones; the figures are those of :class:`cluster.scores.sample_tasks.DrawFigures`.
 
     Attributes:
         meshes: ``random``, ``reconstructed`` or ``real``.

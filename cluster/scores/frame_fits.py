@@ -14,7 +14,7 @@ from torch import Tensor
 from trimesh import Trimesh
 from trimesh.exchange.ply import export_ply
 
-from cluster.scene import open_scene
+from cluster.scores.scene import open_scene
 from lipflow.config import FitConfig, RenderConfig, StrictConfig
 from lipflow.fitting import FitResult, fit, fit_sequence, posterior, vertex_std_mm
 from lipflow.model.avatar import Avatar

@@ -10,9 +10,9 @@ from dataclasses import replace
 import pytest
 
 from cluster.compare import CompareRecipe, compare, named
-from cluster.protocols import tables
-from cluster.scores import read_scores
-from cluster.tables import Key, Table, as_csv, as_markdown, variants_of
+from cluster.scores.protocols import tables
+from cluster.scores.sheet import read_scores
+from cluster.scores.tables import Key, Table, as_csv, as_markdown, variants_of
 from lipflow.bootstrap import BootstrapInterval
 from lipflow.errors import ConfigError
 from tests.cluster.score_sheets import FRAMES, constant, scores_of, sheet_of

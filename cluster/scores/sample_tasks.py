@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cluster.scene import open_scene
+from cluster.scores.scene import open_scene
 from lipflow.config import RenderConfig
 from lipflow.metrics import geometry_rmse_mm
 from lipflow.model.avatar import Avatar

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from cluster import train as train_job
-from cluster import trained_model
-from cluster.trained_model import fetched, resolved
-from cluster.training_loop import TrainRecipe
+from cluster.training import trained_model
+from cluster.training.loop import TrainRecipe
+from cluster.training.trained_model import fetched, resolved
 from lipflow.checkpoint import CheckpointError, save_avatar
 from lipflow.config import AvatarConfig
 from lipflow.errors import ConfigError

@@ -11,8 +11,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from cluster.registry import CHALLENGER, CHAMPION, DEFAULT_NAME, RegistryError, evaluation_metrics, find_version
-from cluster.tracking import SHARDS_DIGEST_TAG, TrackingConfig, open_client, tracked_run
+from cluster.records.registry import CHALLENGER, CHAMPION, DEFAULT_NAME, RegistryError, evaluation_metrics, find_version
+from cluster.records.tracking import SHARDS_DIGEST_TAG, TrackingConfig, open_client, tracked_run
 from lipflow.config import StrictConfig
 
 if TYPE_CHECKING:

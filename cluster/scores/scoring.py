@@ -2,7 +2,8 @@
 
 Nothing is fitted on what is scored. Latents are the posterior mean, the prior's start or a fit to a driving signal;
 the frontal camera, which two driving signals see, is never scored. All methods are compared on the same pixels, those
-that the *tracked* mesh covers whole, and on its regions, with several samples a pixel (:mod:`cluster.area_sampling`).
+that the *tracked* mesh covers whole, and on its regions, with several samples a pixel
+(:mod:`cluster.scores.area_sampling`).
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cluster.area_sampling import render_area
-from cluster.scene import Scene, open_scene
-from cluster.scores import ENCODER, MEAN_FACE, FrameScore
+from cluster.scores.area_sampling import render_area
+from cluster.scores.scene import Scene, open_scene
+from cluster.scores.sheet import ENCODER, MEAN_FACE, FrameScore
 from lipflow.config import FitConfig, RenderConfig
 from lipflow.fitting import fit
 from lipflow.metrics import frame_jitter_mm, geometry_rmse_mm, masked_mse, masked_ssim_map, solve_gain_bias, texture_mse

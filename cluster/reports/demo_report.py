@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
-from cluster.charts import Chart
-from cluster.evaluation import Evaluation, EvaluationRow
-from cluster.gallery import picture_sheets
-from cluster.pictures import COMPARISON_LABELS, comparison_row, contact_sheet, expose, suggested_exposure
-from cluster.promotion import PromotionDecision
-from cluster.report import HeadlineRow, Measured, Picture, QuadrantRow, ReportContent
-from cluster.scores import ENCODER, MEAN_FACE
+from cluster.records.promotion import PromotionDecision
+from cluster.records.tracking import TrackingConfig, code_version, open_client, resolve_tracking_uri
+from cluster.reports.charts import Chart
+from cluster.reports.gallery import picture_sheets
+from cluster.reports.page import HeadlineRow, Measured, Picture, QuadrantRow, ReportContent
+from cluster.reports.pictures import COMPARISON_LABELS, comparison_row, contact_sheet, expose, suggested_exposure
+from cluster.scores.evaluation import Evaluation, EvaluationRow
+from cluster.scores.sheet import ENCODER, MEAN_FACE
 from cluster.shard import ShardSummary
-from cluster.tracking import TrackingConfig, code_version, open_client, resolve_tracking_uri
 from cluster.train import TrainSummary
 from lipflow.bootstrap import BootstrapInterval
 from lipflow.types import DRIVING_SIGNALS

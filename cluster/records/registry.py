@@ -2,7 +2,7 @@
 
 A version holds the avatar's safetensors and JSON, the source of ``lipflow``, a signature and an input example, and
 nothing pickled. Its tags tell what it was evaluated on and how well it did, which is all that
-:mod:`cluster.promotion` looks at.
+:mod:`cluster.records.promotion` looks at.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 import torch
 
 import lipflow
-from cluster.redaction import redact_text
-from cluster.run import Run
-from cluster.tracking import SHARDS_DIGEST_TAG, TrackingConfig, open_client
+from cluster.records.redaction import redact_text
+from cluster.records.run import Run
+from cluster.records.tracking import SHARDS_DIGEST_TAG, TrackingConfig, open_client
 from lipflow.checkpoint import RECORD_FILE
 from lipflow.errors import LipflowError
 from lipflow.types import DrivingSignals
@@ -90,7 +90,7 @@ def register_avatar(
     from mlflow.exceptions import MlflowException
     from mlflow.models import Model
 
-    from cluster import pyfunc_model
+    from cluster.records import pyfunc_model
     from lipflow.checkpoint import load_avatar
 
     avatar = load_avatar(model_dir)
@@ -270,7 +270,7 @@ def _avatar_folder(folder: Path, model: str) -> Path:
 
 
 def _signature(arrays, avatar):
-    """Named tensors with a free first axis; outputs as ``cluster.pyfunc_model`` states them."""
+    """Named tensors with a free first axis; outputs as ``cluster.records.pyfunc_model`` states them."""
     import numpy as np
     from mlflow.models import ModelSignature
     from mlflow.types.schema import Schema, TensorSpec

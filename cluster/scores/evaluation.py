@@ -8,9 +8,9 @@ from typing import Any
 
 from PIL import Image
 
-from cluster.gallery import Failure, Picture
-from cluster.scores import ENCODER, MEAN_FACE, ScoreSheet
-from cluster.tables import IntervalUnit, Key, Variant
+from cluster.reports.gallery import Failure, Picture
+from cluster.scores.sheet import ENCODER, MEAN_FACE, ScoreSheet
+from cluster.scores.tables import IntervalUnit, Key, Variant
 from lipflow.bootstrap import BootstrapInterval
 from lipflow.types import DRIVING_SIGNALS
 

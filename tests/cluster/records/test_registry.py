@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.promotion import PromotionConfig, promote, rollback
-from cluster.pyfunc_model import driving_signals, input_arrays
-from cluster.registry import (
+from cluster.records.promotion import PromotionConfig, promote, rollback
+from cluster.records.pyfunc_model import driving_signals, input_arrays
+from cluster.records.registry import (
     CHALLENGER,
     AvatarVersion,
     RegistryError,
@@ -25,7 +25,7 @@ from cluster.registry import (
     register_avatar,
     registered_version,
 )
-from cluster.tracking import KIND_TAG, PARENT_RUN_TAG, TrackingConfig, load_table, open_client, tracked_run
+from cluster.records.tracking import KIND_TAG, PARENT_RUN_TAG, TrackingConfig, load_table, open_client, tracked_run
 from lipflow.checkpoint import load_avatar, save_avatar
 from lipflow.config import AvatarConfig
 from lipflow.errors import LipflowError

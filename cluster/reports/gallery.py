@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from cluster.area_sampling import render_area
-from cluster.pictures import comparison_row, contact_sheet, suggested_exposure
-from cluster.scene import open_scene
-from cluster.scores import MEAN_FACE, FrameScore
-from cluster.scoring import image_size, picture_camera
+from cluster.reports.pictures import comparison_row, contact_sheet, suggested_exposure
+from cluster.scores.area_sampling import render_area
+from cluster.scores.scene import open_scene
+from cluster.scores.scoring import image_size, picture_camera
+from cluster.scores.sheet import MEAN_FACE, FrameScore
 from lipflow.config import RenderConfig
 
 PICTURE_SAMPLES = 3

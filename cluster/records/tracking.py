@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel
 
-from cluster.redaction import flatten, redact, redact_text
-from cluster.run import Run, TrackingError, store_errors
+from cluster.records.redaction import flatten, redact, redact_text
+from cluster.records.run import Run, TrackingError, store_errors
 from lipflow.config import StrictConfig
 from lipflow.errors import ConfigError
 
@@ -209,7 +209,7 @@ def latest_run(config: TrackingConfig, kind: RunKind, tags: Mapping[str, str] | 
 
 
 def load_table(config: TrackingConfig, run_id: str, name: str) -> list[dict[str, Any]]:
-    """The rows of a table that a run logged with :meth:`cluster.run.Run.log_table`.
+    """The rows of a table that a run logged with :meth:`cluster.records.run.Run.log_table`.
 
     Raises:
         TrackingError: the store, the run or the table is missing.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cluster.redaction import redact_text
+from cluster.records.redaction import redact_text
 from lipflow.errors import LipflowError
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def _store_exceptions() -> tuple[type[Exception], ...]:
 
 
 class Run:
-    """What a job writes to while it runs; made by :func:`cluster.tracking.tracked_run`.
+    """What a job writes to while it runs; made by :func:`cluster.records.tracking.tracked_run`.
 
     Every method but :meth:`log_metrics` raises :class:`TrackingError` if the store cannot be written.
 
@@ -119,7 +119,7 @@ class Run:
     def log_table(self, rows: Sequence[Mapping[str, Any]], name: str) -> None:
         """Log rows with equal keys as a table ``name`` (``.json``); a table of that name grows by the rows.
 
-        Read it back with :func:`cluster.tracking.load_table`.
+        Read it back with :func:`cluster.records.tracking.load_table`.
         """
         if not rows:
             raise ValueError(f"table {name} has no rows")

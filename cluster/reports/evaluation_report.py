@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from cluster.charts import Chart
-from cluster.evaluation import Evaluation
-from cluster.gallery import failure_sheets, picture_sheets
-from cluster.protocols import Protocol, tables
-from cluster.report import Picture, ReportContent, ReportTable, render_report
-from cluster.scores import ScoreSheet
-from cluster.tables import IntervalUnit, Table, as_csv, as_markdown, formatted
-from cluster.tracking import code_version
+from cluster.records.tracking import code_version
+from cluster.reports.charts import Chart
+from cluster.reports.gallery import failure_sheets, picture_sheets
+from cluster.reports.page import Picture, ReportContent, ReportTable, render_report
+from cluster.scores.evaluation import Evaluation
+from cluster.scores.protocols import Protocol, tables
+from cluster.scores.sheet import ScoreSheet
+from cluster.scores.tables import IntervalUnit, Table, as_csv, as_markdown, formatted
 from lipflow.types import DRIVING_SIGNALS
 from pipeline import storage
 
@@ -63,7 +63,7 @@ class Comparison:
 def compared(
     sheets: Sequence[ScoreSheet], protocol: Protocol | None, unit: IntervalUnit, baseline: str | None
 ) -> Comparison:
-    """The tables of a protocol; see :func:`cluster.protocols.tables`.
+    """The tables of a protocol; see :func:`cluster.scores.protocols.tables`.
 
     Raises:
         ConfigError: the sheets are of different data.

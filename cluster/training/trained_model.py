@@ -15,9 +15,9 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from cluster.registry import download_model, registered_version
-from cluster.scene import context_of
-from cluster.training_loop import TrainRecipe
+from cluster.records.registry import download_model, registered_version
+from cluster.scores.scene import context_of
+from cluster.training.loop import TrainRecipe
 from lipflow.checkpoint import RECORD_FILE, load_avatar
 from lipflow.config import AvatarConfig
 from lipflow.errors import ConfigError

@@ -24,9 +24,9 @@ from pydantic import Field, model_validator
 from ray.train import Checkpoint
 from torch import Tensor, nn
 
-from cluster.objective import Objective
-from cluster.scene import context_of
-from cluster.tracking import TrackingConfig, attached_run
+from cluster.records.tracking import TrackingConfig, attached_run
+from cluster.scores.scene import context_of
+from cluster.training.objective import Objective
 from lipflow.checkpoint import load_avatar, save_avatar
 from lipflow.config import AvatarConfig, LossConfig, RenderConfig, Signal, StrictConfig
 from lipflow.losses import LossTerms, NonFiniteLossError

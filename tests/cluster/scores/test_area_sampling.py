@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-import cluster.area_sampling
-from cluster.area_sampling import render_area
+import cluster.scores.area_sampling
+from cluster.scores.area_sampling import render_area
 from lipflow.render.renderer import Renderer
 from lipflow.types import CameraTensors, Topology
 
@@ -64,7 +64,7 @@ def test_one_sample_a_pixel_is_the_renderer_itself(scene):
 def test_views_in_turn_are_the_views_at_once(scene, monkeypatch):
     renderer, vertices, texture, cameras = scene
     at_once = render_area(renderer, vertices, texture, cameras, SIZE)
-    monkeypatch.setattr(cluster.area_sampling, "_SAMPLES_AT_A_TIME", 1)
+    monkeypatch.setattr(cluster.scores.area_sampling, "_SAMPLES_AT_A_TIME", 1)
     in_turn = render_area(renderer, vertices, texture, cameras, SIZE)
     assert torch.equal(at_once.image, in_turn.image)
     assert torch.equal(at_once.triangle_id, in_turn.triangle_id)

@@ -13,7 +13,7 @@ from ray.train import Checkpoint
 from torch import nn
 
 from cluster.train import ray_storage
-from cluster.training_loop import (
+from cluster.training.loop import (
     TrainRecipe,
     batches_from,
     checkpoint_folder,

@@ -21,11 +21,11 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from cluster.charts import SERIES_COLOURS, Chart, chart_svg
-from cluster.redaction import redact, redact_text
+from cluster.records.redaction import redact, redact_text
+from cluster.reports.charts import SERIES_COLOURS, Chart, chart_svg
 from pipeline import storage
 
-_TEMPLATE = "report.html.j2"
+_TEMPLATE = "page.html.j2"
 _LARGEST_PNG_BYTES = 400_000
 _JPEG_QUALITY = 90
 

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
-from cluster.gallery import Failure, Picture, draw_pictures
+from cluster.reports.gallery import Failure, Picture, draw_pictures
 from cluster.runtime import map_tasks
-from cluster.scores import FrameScore
-from cluster.scoring import (
+from cluster.scores.scoring import (
     ColorTable,
     LatentKey,
     TaskResult,
@@ -17,6 +16,7 @@ from cluster.scoring import (
     score_fits,
     score_reconstructions,
 )
+from cluster.scores.sheet import FrameScore
 from lipflow.config import FitConfig, RenderConfig
 from pipeline.loading.loader import ShardSet
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster.redaction import REDACTED, flatten, is_secret_name, redact, redact_text
-from cluster.tracking import (
+from cluster.records.redaction import REDACTED, flatten, is_secret_name, redact, redact_text
+from cluster.records.tracking import (
     CODE_VERSION_TAG,
     ERROR_TAG,
     KIND_TAG,
@@ -190,7 +190,7 @@ def test_concurrent_first_use_and_writing_do_not_crash(tmp_path):
     script = (
         "import multiprocessing, sys\n"
         "import mlflow.tracking\n"
-        "from cluster.tracking import TrackingConfig, tracked_run\n"
+        "from cluster.records.tracking import TrackingConfig, tracked_run\n"
         "def write(name):\n"
         "    with tracked_run('train', name, config=TrackingConfig(uri=sys.argv[1])) as run:\n"
         "        for step in range(600):\n"
@@ -233,7 +233,7 @@ def test_default_store_is_refused_in_a_folder_that_ray_deletes(tmp_path, monkeyp
 def test_store_that_cannot_be_used_is_a_quick_one_line_error(tmp_path, monkeypatch):
     with pytest.raises(TrackingError, match="cannot write the tracking database"):
         initialise(TrackingConfig(uri=f"sqlite:///{tmp_path}/absent/mlflow.db"))
-    monkeypatch.setattr("cluster.tracking._SERVER_TRIES", 1)
+    monkeypatch.setattr("cluster.records.tracking._SERVER_TRIES", 1)
     with pytest.raises(TrackingError, match="no MLflow server answers") as caught:
         initialise(TrackingConfig(uri="http://user:hunter22@127.0.0.1:9"))
     assert "hunter22" not in str(caught.value)

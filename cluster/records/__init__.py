@@ -1,0 +1,1 @@
+"""What is kept in MLflow: runs, without secrets, and the registry of avatars with its gate."""
