@@ -22,8 +22,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	$(BIN)/lipflow demo --out $(DEMO_OUT) $(if $(FACE),--face $(FACE))
 
+# Two processes of one thread each; all tests on the Ray cluster are in one of them (tests/conftest.py).
 test: $(INSTALLED)
-	$(BIN)/pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-slow: $(INSTALLED)
 	$(BIN)/pytest -m slow $(PYTEST_ARGS)

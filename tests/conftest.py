@@ -26,6 +26,17 @@ os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 os.environ.pop("RAY_ADDRESS", None)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For several test processes: all tests on the Ray cluster go to one of them, so that there is one cluster.
+
+    They come first, as they take the longest. The tests of any other file stay together, and so do its fixtures.
+    """
+    on_ray = {item.nodeid: "ray_head" in getattr(item, "fixturenames", ()) for item in items}
+    items.sort(key=lambda item: not on_ray[item.nodeid])
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if on_ray[item.nodeid] else item.location[0]))
+
+
 @dataclass(frozen=True)
 class S3Server:
     """A running S3 server: its endpoint, one bucket, and the folder in which its objects lie."""
