@@ -74,7 +74,8 @@ def main() -> None:
             # Pictures are of the procedural head alone: a real face is not to be published by accident.
             aside = scratch.with_name("portraits")
             small = quick_study(None) if given.quick else portrait_study()
-            portraits = Stages(small, stack.enter_context(Runner(aside, given.workers)), given.workers).portraits()
+            stages = Stages(small, stack.enter_context(Runner(aside, given.workers)), given.workers)
+            portraits = stages.portraits(found.latent_weights)
             draw_random_faces(portraits, aside, figures)
         named = {
             name: {" ".join(key): value for key, value in asdict(found)[name].items()} for name in ("choices", "cpu_s")

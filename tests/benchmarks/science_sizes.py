@@ -82,8 +82,8 @@ class Study:
         log_std_scale: of the encoder's log standard deviation.
         image_weight: of the image terms.
         render: of the trainings.
-        latent_weight: of all methods but the DAM, and of the variants.
-        dam_latent_weights: lambda_3 of the DAM, of which validation frames choose one.
+        dam_latent_weights: lambda_3 of the DAM, of which validation frames choose one; also of what has its prior.
+        driven_latent_weights: of LiP-Flow's likelihood, of which they choose one for all methods with driven priors.
         fits: settings of the fits, of which validation frames choose one for each method and signal.
         iterations: of the fits, which are reported.
         short_iterations: how many of them the methods outside ``LONG_FITS`` go, which gain little from more.
@@ -110,8 +110,8 @@ class Study:
     log_std_scale: float = 0.1
     image_weight: float = 0.05
     render: RenderConfig = _RENDER
-    latent_weight: float = 0.1
-    dam_latent_weights: tuple[float, ...] = (0.01, 0.1, 1.0)
+    dam_latent_weights: tuple[float, ...] = (0.001, 0.01, 0.1, 1.0)
+    driven_latent_weights: tuple[float, ...] = (0.01, 0.1)
     fits: tuple[dict[str, float], ...] = ({"prior_weight": 0.03}, {"prior_weight": 0.3}, {"prior_weight": 3.0})
     iterations: tuple[int, ...] = (0, 10, 20, 50, 200)
     short_iterations: int = 50
@@ -169,6 +169,7 @@ def quick_study(face: Path | None) -> Study:
         variant_steps=2,
         ambiguous_steps=3,
         dam_latent_weights=(0.01, 0.1),
+        driven_latent_weights=(0.01, 0.1),
         fits=({"prior_weight": 0.3},),
         iterations=(0, 2, 4),
         short_iterations=2,

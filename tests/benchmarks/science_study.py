@@ -20,9 +20,6 @@ Row = dict[str, Any]
 _DATA = "dome"
 _FRAMES_AT_ONCE = 10
 _CALIBRATION_FRAMES = 4
-_AMBIGUOUS_METHODS = ("conditional", "conditional+prior-rec", "lipflow")
-_FIRST_METHODS = ("lipflow", "conditional+prior-rec")
-_SAMPLES_ALONE = ("flow-gaussian",)
 _AMBIGUOUS_SIGNALS = ("hmc", "keypoints")
 DRIVEN = ("conditional", "conditional+prior-rec", "lipflow")
 """Methods whose prior depends on the signal."""
@@ -46,7 +43,7 @@ class Findings:
     """All rows; each has the frame, the method or variant, and the seed.
 
     Attributes:
-        latent_weight: lambda_3 that validation frames chose for the DAM.
+        latent_weights: method -> weight of its latent term that validation frames chose, of the DAM and LiP-Flow.
         choices: (method, signal) -> settings of its fits.
         fits: driven held-out frames, by signal and iterations.
         ambiguous_fits: the same of avatars that see the ambiguous signals alone.
@@ -62,7 +59,7 @@ class Findings:
     """
 
     data: dict[str, Any]
-    latent_weight: float = math.nan
+    latent_weights: dict[str, float] = field(default_factory=dict)
     choices: dict[tuple[str, str], Choice] = field(default_factory=dict)
     fits: list[Row] = field(default_factory=list)
     ambiguous_fits: list[Row] = field(default_factory=list)
@@ -98,9 +95,16 @@ class Stages:
         self.findings = Findings(data)
         self._first = study.seeds[0]
 
-    def portraits(self) -> dict[str, str]:
-        """Trains the methods that draw random faces, on the first seed alone; method -> name of its avatar."""
-        tasks = {method: self._train(method, self._first, method) for method in PORTRAYED}
+    def portraits(self, latent_weights: dict[str, float]) -> dict[str, str]:
+        """Trains the methods that draw random faces, on the first seed alone; method -> name of its avatar.
+
+        Args:
+            latent_weights: as the study chose them, see :class:`Findings`.
+        """
+        tasks = {
+            method: self._train(method, self._first, method, latent_weights["lipflow" if method in DRIVEN else "dam"])
+            for method in PORTRAYED
+        }
         self._runner.run(list(tasks.values()))
         return {method: task.name for method, task in tasks.items()}
 
@@ -118,44 +122,48 @@ class Stages:
         return self.findings
 
     def _run(self) -> None:
-        study, found = self._study, self.findings
-        dams = {
-            weight: self._train("dam", self._first, f"dam {weight:g}", weight=weight)
-            for weight in study.dam_latent_weights
-        }
-        avatars = {
-            (method, seed): self._train(method, seed, method)
-            for method in METHODS
-            if method not in ("dam", "dam-regressor")
-            for seed in study.seeds
-        }
+        study, found, first = self._study, self.findings, self._first
+        dams, lipflows = (
+            {weight: self._train(method, first, f"{method} {weight:g}", weight) for weight in weights}
+            for method, weights in (("dam", study.dam_latent_weights), ("lipflow", study.driven_latent_weights))
+        )
+        self._runner.later([*lipflows.values()])
+        self._choose_weight("dam", dams, study.dam_iterations)
+        gaussian = found.latent_weights["dam"]
+        avatars = {("dam", seed): self._train("dam", seed, f"dam {gaussian:g}", gaussian) for seed in study.seeds}
+        self._runner.later([*avatars.values()])
+        self._choose_weight("lipflow", lipflows, study.prior_iterations)
+        driven = found.latent_weights["lipflow"]
+        for method in (*DRIVEN, "flow-gaussian"):
+            weight = driven if method in DRIVEN else gaussian
+            for seed in study.seeds:
+                avatars[method, seed] = self._train(method, seed, f"{method} {weight:g}", weight)
+        for seed in study.seeds:
+            avatars["dam-regressor", seed] = self._regressor(avatars["dam", seed], seed, driven)
         variants = {
-            (variant, seed): self._train("dam", seed, f"variant {variant}", switches, steps=study.variant_steps)
+            (variant, seed): self._train(
+                "dam", seed, f"variant {variant}", gaussian, switches, steps=study.variant_steps
+            )
             for seed in study.seeds
             for variant, switches in VARIANTS.items()
         }
         ambiguous = {
-            (method, seed): self._train(method, seed, f"ambiguous {method}", AMBIGUOUS, steps=study.ambiguous_steps)
+            (method, seed): self._train(
+                method, seed, f"ambiguous {method}", driven, AMBIGUOUS, steps=study.ambiguous_steps
+            )
             for seed in study.seeds
-            for method in _AMBIGUOUS_METHODS
+            for method in DRIVEN
         }
-        self._runner.later([*avatars.values(), *variants.values(), *ambiguous.values()])
-        self._choose_dam(dams)
-        for seed in study.seeds:
-            avatars["dam", seed] = self._train("dam", seed, f"dam {found.latent_weight:g}", weight=found.latent_weight)
-            avatars["dam-regressor", seed] = self._regressor(avatars["dam", seed], seed)
-        self._drive("dam", avatars)
-        for method in _FIRST_METHODS:
+        in_turn = [method for method in METHODS if method != "dam-regressor"]
+        self._runner.later([avatars[method, seed] for method in in_turn for seed in study.seeds])
+        self._runner.later([*variants.values(), *ambiguous.values()])
+        for method in ("dam", "lipflow", "conditional+prior-rec", "conditional"):
             self._drive(method, avatars)
-        for method in METHODS:
-            if method not in ("dam", *_FIRST_METHODS, *_SAMPLES_ALONE):
-                self._drive(method, avatars)
-        self._drive_by_adam(avatars)
         # A regressor's prior and decoder are its DAM's.
         own = {key: avatar for key, avatar in avatars.items() if key[0] != "dam-regressor"}
         samples = [({"method": method, "seed": seed}, avatar) for (method, seed), avatar in own.items()]
         # Of every weight that was tried: the one that is best for fits need not be best for samples.
-        others = [weight for weight in dams if weight != found.latent_weight]
+        others = [weight for weight in dams if weight != gaussian]
         samples += [({"method": f"dam, {weight:g}", "seed": self._first}, dams[weight]) for weight in others]
         self._add(found.samples, [(label, self._samples(avatar, label["seed"])) for label, avatar in samples])
         self._add(
@@ -171,6 +179,8 @@ class Stages:
             ],
         )
         self._drive_ambiguously(ambiguous)
+        self._drive("dam-regressor", avatars)
+        self._drive_by_adam(avatars)
         self._add(
             found.uncertainty,
             [
@@ -206,10 +216,10 @@ class Stages:
         method: str,
         seed: int,
         name: str,
+        weight: float,
         switches: dict[str, Any] | None = None,
         *,
         steps: int | None = None,
-        weight: float | None = None,
     ) -> Task:
         """All methods see the same batches of a seed, and take the same steps."""
         study = self._study
@@ -221,7 +231,6 @@ class Stages:
             "log_std_scale": study.log_std_scale,
         }
         config = AvatarConfig.small(**(shared | avatar | (switches or {})))
-        weight = study.latent_weight if weight is None else weight
         recipe = TrainRecipe(
             avatar=config,
             loss=LossConfig(**({"image_weight": study.image_weight, "latent_weight": weight} | loss)),
@@ -233,7 +242,7 @@ class Stages:
         )
         return self._training(recipe, f"{name} seed {seed}", (self._shards,))
 
-    def _regressor(self, dam: Task, seed: int) -> Task:
+    def _regressor(self, dam: Task, seed: int, weight: float) -> Task:
         """Drivers for a trained DAM, which stays as it is."""
         study = self._study
         avatar = AvatarConfig.model_validate(dam.settings["recipe"]["avatar"])
@@ -242,7 +251,7 @@ class Stages:
             avatar=AvatarConfig.model_validate(avatar.model_dump() | changes),
             add_drivers=DRIVING_SIGNALS,
             model=f"avatars/{dam.name}",
-            loss=LossConfig(image_weight=study.image_weight, latent_weight=study.latent_weight, prior_weight=1.0),
+            loss=LossConfig(image_weight=study.image_weight, latent_weight=weight, prior_weight=1.0),
             render=study.render,
             loader=self._loader(seed, DRIVING_SIGNALS),
             steps=study.regressor_steps,
@@ -293,28 +302,28 @@ class Stages:
         scored = [(fit, _score(results[task.name])) for fit, task in zip(self._study.fits, tasks, strict=True)]
         return sorted(scored, key=lambda pair: pair[1])
 
-    def _choose_dam(self, dams: dict[float, Task]) -> None:
-        """lambda_3, judged over all signals by the best fits of each; then the DAM's fits."""
-        iterations = self._study.dam_iterations
-        self._runner.run([*dams.values(), *(task for dam in dams.values() for task in self._tried(dam, iterations))])
+    def _choose_weight(self, method: str, avatars: dict[float, Task], iterations: int) -> None:
+        """A method's latent weight, judged over all signals by the best fits of each; then its fits."""
+        every = [task for avatar in avatars.values() for task in self._tried(avatar, iterations)]
+        self._runner.run([*avatars.values(), *every])
         tried = {
-            weight: {signal: self._best(dam, signal, iterations) for signal in DRIVING_SIGNALS}
-            for weight, dam in dams.items()
+            weight: {signal: self._best(avatar, signal, iterations) for signal in DRIVING_SIGNALS}
+            for weight, avatar in avatars.items()
         }
         best = min(tried, key=lambda weight: sum(scores[0][1] for scores in tried[weight].values()))
-        self.findings.latent_weight = best
+        self.findings.latent_weights[method] = best
         for signal, scores in tried[best].items():
-            every = [
+            scored = [
                 ({"latent_weight": weight} | fit, score) for weight in tried for fit, score in tried[weight][signal]
             ]
-            ordered = tuple(sorted(every, key=lambda pair: pair[1]))
-            self.findings.choices["dam", signal] = Choice(scores[0][0], ordered)
+            ordered = tuple(sorted(scored, key=lambda pair: pair[1]))
+            self.findings.choices[method, signal] = Choice(scores[0][0], ordered)
 
     def _drive(self, method: str, avatars: dict[tuple[str, int], Task]) -> None:
-        """Choose a method's fits on its first seed, then drive held-out frames with all seeds."""
+        """Choose a method's fits on its first seed, if they are not chosen, then drive held-out frames with all."""
         study = self._study
         iterations = study.prior_iterations if method in DRIVEN else study.dam_iterations
-        if method != "dam":
+        if method not in self.findings.latent_weights:
             self._runner.run(self._tried(avatars[method, self._first], iterations))
             for signal in DRIVING_SIGNALS:
                 tried = self._best(avatars[method, self._first], signal, iterations)

@@ -48,7 +48,8 @@ def choices_table(found: Findings) -> str:
         (method, signal, _named(choice.fit), "; ".join(f"{_named(fit)}: {score:.3f}" for fit, score in choice.tried))
         for (method, signal), choice in found.choices.items()
     ]
-    title = f"Chosen on validation frames; weight of the DAM's KL: {found.latent_weight:g}"
+    weights = ", ".join(f"{method} {weight:g}" for method, weight in found.latent_weights.items())
+    title = f"Chosen on validation frames; weight of the latent term: {weights}"
     return _table(title, ("method", "signal", "fit", "tried: log error"), rows)
 
 
