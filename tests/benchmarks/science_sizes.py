@@ -111,8 +111,13 @@ class Study:
     image_weight: float = 0.05
     render: RenderConfig = _RENDER
     dam_latent_weights: tuple[float, ...] = (0.001, 0.01, 0.1, 1.0)
-    driven_latent_weights: tuple[float, ...] = (0.01, 0.1)
-    fits: tuple[dict[str, float], ...] = ({"prior_weight": 0.03}, {"prior_weight": 0.3}, {"prior_weight": 3.0})
+    driven_latent_weights: tuple[float, ...] = (0.001, 0.01, 0.1)
+    fits: tuple[dict[str, float], ...] = (
+        {"prior_weight": 0.003},
+        {"prior_weight": 0.03},
+        {"prior_weight": 0.3},
+        {"prior_weight": 3.0},
+    )
     iterations: tuple[int, ...] = (0, 10, 20, 50, 200)
     short_iterations: int = 50
     dam_iterations: int = 200
