@@ -155,7 +155,7 @@ def train(shards_uri: str, out_uri: str, recipe: TrainRecipe) -> TrainSummary:
     out_uri = storage.normalize_uri(out_uri)
     storage.check_writable(out_uri)
     with fetched(recipe) as model:
-        recipe = _with_micro_batches(out_uri, resolved(recipe, model, shards))
+        recipe = with_micro_batches(out_uri, resolved(recipe, model, shards))
         return _train(shards_uri, shards, out_uri, recipe, model)
 
 
@@ -318,7 +318,7 @@ def ray_storage(uri: str) -> tuple[pyarrow.fs.FileSystem | None, str]:
     return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem)), path
 
 
-def _with_micro_batches(out_uri: str, recipe: TrainRecipe) -> TrainRecipe:
+def with_micro_batches(out_uri: str, recipe: TrainRecipe) -> TrainRecipe:
     """The recipe with a number of micro-batches: its own, else that of the training that ``out_uri`` holds."""
     if recipe.micro_batches is not None:
         return recipe

@@ -1,4 +1,4 @@
-"""A worker that is told to go (SIGTERM, as before a spot machine is taken away) leaves with a checkpoint of its step."""
+"""A worker that is told to go (SIGTERM, as before a machine is taken away) leaves with a checkpoint of its step."""
 
 from __future__ import annotations
 
