@@ -18,10 +18,14 @@ from pathlib import Path
 import psutil
 
 RAY = str(Path(sys.executable).parent / "ray")
-START_WITHIN_S = 180
+START_ATTEMPTS = 5
 
-# Of the head's GCS: a node that is gone is noticed within seconds instead of half a minute.
-_SOON_NOTICED = {
+_SETTINGS = {
+    "OMP_NUM_THREADS": "1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # Ray refuses nodes on loopback otherwise.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",
+    # A node that is gone is noticed within seconds instead of half a minute.
     "RAY_health_check_initial_delay_ms": "2000",
     "RAY_health_check_period_ms": "500",
     "RAY_health_check_failure_threshold": "6",
@@ -39,12 +43,11 @@ class RayNodes:
 
     address: str
     folder: Path
-    temporary: str
     nodes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def add(self) -> None:
-        """Start one more node; it joins within seconds."""
-        self.nodes.append(self._start([f"--address={self.address}", "--num-cpus=1"]))
+        """Start one more node."""
+        self.nodes.append(_started([f"--address={self.address}", "--num-cpus=1"], self.folder))
 
     def kill(self, number: int) -> None:
         """SIGKILL to everything of a node: its raylet, its agents and its workers."""
@@ -52,14 +55,7 @@ class RayNodes:
 
     def environment(self) -> dict[str, str]:
         """Of a driver on this cluster."""
-        return os.environ | {"RAY_ADDRESS": self.address, "OMP_NUM_THREADS": "1"}
-
-    def _start(self, options: list[str], **settings: str) -> subprocess.Popen[bytes]:
-        command = [RAY, "start", "--block", "--node-ip-address=127.0.0.1", "--disable-usage-stats", *options]
-        command += [f"--dashboard-agent-listen-port={_free_port()}", f"--object-store-memory={128 * 2**20}"]
-        with (self.folder / f"node-{time.monotonic_ns()}.log").open("wb") as log:
-            environment = os.environ | {"OMP_NUM_THREADS": "1", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", **settings}
-            return subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=self.folder)
+        return os.environ | _SETTINGS | {"RAY_ADDRESS": self.address}
 
 
 @contextmanager
@@ -68,11 +64,10 @@ def ray_nodes(folder: Path, count: int) -> Iterator[RayNodes]:
     # Unix sockets have short names; pytest's folders are too deep for them.
     temporary = tempfile.mkdtemp(prefix="lf-nodes-")
     port = _free_port()
-    cluster = RayNodes(f"127.0.0.1:{port}", folder, temporary)
     options = ["--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false", f"--temp-dir={temporary}"]
-    head = cluster._start(options, **_SOON_NOTICED)
+    head = _started(options, folder)
+    cluster = RayNodes(f"127.0.0.1:{port}", folder)
     try:
-        _wait_until_open(port, head)
         for _ in range(count):
             cluster.add()
         yield cluster
@@ -80,6 +75,21 @@ def ray_nodes(folder: Path, count: int) -> Iterator[RayNodes]:
         for node in [*cluster.nodes, head]:
             _kill(node)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _started(options: list[str], folder: Path) -> subprocess.Popen[bytes]:
+    """``ray start``, once it says that it has; on a busy machine its own half minute may be too short."""
+    command = [RAY, "start", "--block", "--node-ip-address=127.0.0.1", "--disable-usage-stats", *options]
+    command += [f"--dashboard-agent-listen-port={_free_port()}", f"--object-store-memory={128 * 2**20}"]
+    for _ in range(START_ATTEMPTS):
+        log = folder / f"node-{time.monotonic_ns()}.log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(command, stdout=output, stderr=output, env=os.environ | _SETTINGS, cwd=folder)
+        while process.poll() is None:
+            if b"Ray runtime started" in log.read_bytes():
+                return process
+            time.sleep(0.1)
+    raise RuntimeError(f"{command} did not start: {log.read_text()[-2000:]}")
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
@@ -100,13 +110,3 @@ def _free_port() -> int:
             port = int(probe.getsockname()[1])
         if not 10002 <= port <= 19999:
             return port
-
-
-def _wait_until_open(port: int, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + START_WITHIN_S
-    while time.monotonic() < deadline and process.poll() is None:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.1)
-    raise RuntimeError(f"{process.args} did not start")
