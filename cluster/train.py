@@ -6,7 +6,8 @@ where its last checkpoint stands: submit the same command again. ``OUT`` holds::
     recipe.yaml     the settings; a second run with other settings is refused
     run.json        the MLflow run that is continued, and the digests of the shard set and of MODEL
     model/          with --add-driver: a copy of MODEL, which the workers read
-    ray/            Ray Train's checkpoints
+    checkpoints/    the latest ones and the best (:mod:`cluster.training.checkpoints`)
+    ray/            Ray Train's own notes
     avatar/         the best avatar by validation loss
     train.json      the summary, written last: a training without it is not finished
 """
@@ -26,10 +27,8 @@ import ray
 import typer
 import yaml
 from ray.train import (
-    CheckpointConfig,
     ControllerError,
     FailureConfig,
-    Result,
     RunConfig,
     ScalingConfig,
     TrainingFailedError,
@@ -37,6 +36,7 @@ from ray.train import (
     WorkerGroupError,
 )
 from ray.train.torch import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster import command
 from cluster.command import JsonOption, RecipeOption, SetOption
@@ -46,10 +46,14 @@ from cluster.records.registry import register_avatar
 from cluster.records.run import Run
 from cluster.records.tracking import initialise, tracked_run
 from cluster.runtime import progress_bar, ray_cluster, unwrapped
-from cluster.training.loop import AVATAR_FOLDER, TrainRecipe, checkpoint_folder, train_worker
+from cluster.training.checkpoints import CheckpointStore
+from cluster.training.loop import Training, train_worker
+from cluster.training.recipe import TrainRecipe
+from cluster.training.state import AVATAR_FOLDER
 from cluster.training.trained_model import TrainedModel, fetched, resolved
+from cluster.training.worker import ListeningTorchConfig
 from lipflow.checkpoint import load_avatar
-from lipflow.errors import ConfigError, LipflowError
+from lipflow.errors import ConfigError, LipflowError, StorageError
 from pipeline import storage
 from pipeline.loading.loader import ShardSet
 
@@ -59,11 +63,13 @@ SUMMARY_FILE = "train.json"
 
 MODEL_FOLDER = "model"
 
-FREE_TO_CHANGE = {"workers", "cpus_per_worker", "use_gpu", "max_failures", "tracking", "log_every_steps", "model"}
-"""Settings that may differ when a training is continued: they say where it runs, not what it computes.
+FREE_TO_CHANGE = {
+    "workers", "min_workers", "cpus_per_worker", "use_gpu", "max_failures", "tracking", "log_every_steps",
+    "pictures_every_steps", "keep_checkpoints", "model",
+}  # fmt: skip
+"""Settings that may differ when a training is continued: they say where it runs and what is told, not what it computes.
 
-Of the model its digest is compared, whatever its address. A changed number of workers changes the global batch from
-the next step on.
+Of the model its digest is compared, whatever its address. The number of micro-batches is that of the first submission.
 """
 
 
@@ -149,7 +155,8 @@ def train(shards_uri: str, out_uri: str, recipe: TrainRecipe) -> TrainSummary:
     out_uri = storage.normalize_uri(out_uri)
     storage.check_writable(out_uri)
     with fetched(recipe) as model:
-        return _train(shards_uri, shards, out_uri, resolved(recipe, model, shards), model)
+        recipe = with_micro_batches(out_uri, resolved(recipe, model, shards))
+        return _train(shards_uri, shards, out_uri, recipe, model)
 
 
 def _train(
@@ -179,23 +186,31 @@ def _train(
             storage.upload_dir(model.folder, model_uri)
         run_facts = {"run_id": run.run_id, "shards_digest": shards.digest, "model_digest": model and model.digest}
         storage.write_bytes(storage.join(out_uri, RUN_FILE), json.dumps(run_facts).encode())
-        board: Any = ray.remote(num_cpus=0)(ProgressBoard).remote()  # type: ignore[attr-defined]
+        # Beside this process: the node of a worker may be lost.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        remote_board: Any = ray.remote(num_cpus=0)(ProgressBoard)
+        board = remote_board.options(scheduling_strategy=here).remote()
         tracking = recipe.tracking
         if run.uri.startswith("sqlite:"):
             # Workers have working folders of their own. Other addresses reach them by recipe or environment: one
             # from the environment may hold credentials, which must not enter Ray's job records.
             tracking = tracking.model_copy(update={"uri": run.uri})
-        settings = {
-            "recipe": recipe.model_copy(update={"tracking": tracking}).model_dump(mode="json"),
-            "shards": storage.normalize_uri(shards_uri),
-            "cache_dir": str(Path(tempfile.gettempdir(), "lipflow-shards")),
-            "run_id": run.run_id,
-            "board": board,
-            "model": model_uri,
-        }
-        result = _fit(out_uri, recipe, settings, board)
-        checkpoint, metrics = min(result.best_checkpoints or [], key=lambda item: item[1]["val_loss"])
-        with checkpoint_folder(checkpoint) as folder:
+        training = Training(
+            recipe.model_copy(update={"tracking": tracking}),
+            shards=storage.normalize_uri(shards_uri),
+            out=out_uri,
+            cache_dir=str(Path(tempfile.gettempdir(), "lipflow-shards")),
+            run_id=run.run_id,
+            board=board,
+            model=model_uri,
+        )
+        _fit(training, board)
+        store = CheckpointStore(out_uri)
+        best = store.best()
+        if best is None or best.validation_loss is None:
+            raise StorageError(f"{out_uri} has lost its checkpoints: train again to another OUT")
+        with tempfile.TemporaryDirectory() as folder:
+            store.fetch(best, Path(folder))
             avatar_uri = storage.join(out_uri, AVATAR_FOLDER)
             storage.upload_dir(Path(folder, AVATAR_FOLDER), avatar_uri)
             version = _register(Path(folder, AVATAR_FOLDER), run, recipe, shards)
@@ -203,8 +218,8 @@ def _train(
             avatar=avatar_uri,
             method=recipe.avatar.method,
             steps=recipe.steps,
-            best_step=metrics["step"],
-            validation_loss=metrics["val_loss"],
+            best_step=best.step,
+            validation_loss=best.validation_loss,
             run_id=run.run_id,
             shards_digest=shards.digest,
             seconds=time.perf_counter() - began,
@@ -216,27 +231,9 @@ def _train(
     return summary
 
 
-def _fit(out_uri: str, recipe: TrainRecipe, settings: dict[str, Any], board: Any) -> Result:
-    filesystem, storage_path = ray_storage(storage.join(out_uri, "ray"))
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config=settings,
-        scaling_config=ScalingConfig(
-            num_workers=recipe.workers,
-            use_gpu=recipe.use_gpu,
-            resources_per_worker={"CPU": recipe.cpus_per_worker},
-        ),
-        run_config=RunConfig(
-            name="train",
-            storage_path=storage_path,
-            storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=recipe.max_failures),
-            callbacks=[FailAtOnce()],  # type: ignore[list-item]
-            checkpoint_config=CheckpointConfig(
-                num_to_keep=2, checkpoint_score_attribute="val_loss", checkpoint_score_order="min"
-            ),
-        ),
-    )
+def _fit(training: Training, board: Any) -> None:
+    """Train until all steps are done; workers that had to leave are started again."""
+    recipe = training.recipe
     finished = threading.Event()
     with progress_bar() as progress:
         bar = progress.add_task(f"train {recipe.avatar.method}", total=recipe.steps, note="starting workers")
@@ -249,14 +246,42 @@ def _fit(out_uri: str, recipe: TrainRecipe, settings: dict[str, Any], board: Any
         follower = threading.Thread(target=follow, daemon=True)
         follower.start()
         try:
-            result = trainer.fit()
+            while (steps_done := _steps_done(_trainer(training).fit())) < recipe.steps:
+                board.update.remote(steps_done, "a worker had to leave, starting again")
         except TrainingFailedError as error:
             raise unwrapped(_worker_error(error)) from error
         finally:
             finished.set()
             follower.join()
         progress.update(bar, completed=recipe.steps)
-    return result
+
+
+def _steps_done(result: Any) -> int:
+    """What the training function returned; Ray's type stubs are those of its first version."""
+    return result.return_value
+
+
+def _trainer(training: Training) -> TorchTrainer:
+    recipe = training.recipe
+    filesystem, storage_path = ray_storage(storage.join(training.out, "ray"))
+    workers: Any = recipe.workers if recipe.min_workers is None else (recipe.min_workers, recipe.workers)
+    return TorchTrainer(
+        train_worker,  # type: ignore[arg-type]
+        train_loop_config={"training": training},
+        torch_config=ListeningTorchConfig(),
+        scaling_config=ScalingConfig(
+            num_workers=workers,
+            use_gpu=recipe.use_gpu,
+            resources_per_worker={"CPU": recipe.cpus_per_worker},
+        ),
+        run_config=RunConfig(
+            name="train",
+            storage_path=storage_path,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=recipe.max_failures),
+            callbacks=[FailAtOnce()],  # type: ignore[list-item]
+        ),
+    )
 
 
 def _worker_error(error: TrainingFailedError) -> BaseException:
@@ -291,6 +316,21 @@ def ray_storage(uri: str) -> tuple[pyarrow.fs.FileSystem | None, str]:
         return None, str(storage.local_path(uri))
     filesystem, path = storage.filesystem(uri)
     return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem)), path
+
+
+def with_micro_batches(out_uri: str, recipe: TrainRecipe) -> TrainRecipe:
+    """The recipe with a number of micro-batches: its own, else that of the training that ``out_uri`` holds."""
+    if recipe.micro_batches is not None:
+        return recipe
+    recipe_uri = storage.join(out_uri, RECIPE_FILE)
+    found = yaml.safe_load(storage.read_text(recipe_uri)) if storage.exists(recipe_uri) else {}
+    pieces = found.get("micro_batches") or recipe.workers
+    if recipe.workers > pieces:
+        raise ConfigError(
+            f"workers is {recipe.workers}, and {out_uri} holds a training with {pieces} micro_batches, so that some"
+            f" would have nothing to do: set workers to {pieces} or fewer, or give another OUT"
+        )
+    return recipe.model_copy(update={"micro_batches": pieces})
 
 
 def _check_same_training(

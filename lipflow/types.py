@@ -117,7 +117,9 @@ class CameraTensors:
     def view_vectors(self) -> Tensor:
         """``(..., 3)`` camera centres in the head frame, normalised."""
         rotation, translation = self.cam_from_head[..., :3], self.cam_from_head[..., 3]
-        centre = -(rotation.transpose(-1, -2) @ translation[..., None])[..., 0]
+        # Not in bfloat16, whose steps are as wide as the angles between cameras.
+        with torch.autocast(rotation.device.type, enabled=False):
+            centre = -(rotation.transpose(-1, -2) @ translation[..., None])[..., 0]
         return torch.nn.functional.normalize(centre, dim=-1)
 
 

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from cluster.records.registry import download_model, registered_version
 from cluster.scores.scene import context_of
-from cluster.training.loop import TrainRecipe
+from cluster.training.recipe import TrainRecipe
 from lipflow.checkpoint import RECORD_FILE, load_avatar
 from lipflow.config import AvatarConfig
 from lipflow.errors import ConfigError

@@ -9,7 +9,7 @@ from typing import Any
 from science_runner import Runner, StoppedEarly, Task
 from science_sizes import ADAM, AMBIGUOUS, FLOWS, METHODS, PORTRAYED, VARIANTS, WHITENED, Study
 
-from cluster.training.loop import TrainRecipe
+from cluster.training.recipe import TrainRecipe
 from lipflow.config import AvatarConfig, LossConfig
 from lipflow.types import DRIVING_SIGNALS
 from pipeline.loading.loader import LoaderConfig

@@ -15,17 +15,11 @@ from science_density import density
 from science_samples import prior_samples, uncertainty
 
 from cluster.scores.scoring import calibrate_colors, score_fits, score_reconstructions
-from cluster.training.loop import (
-    STATISTICS_FRAMES,
-    TrainRecipe,
-    batches_from,
-    descend,
-    learning_rate_factor,
-    parameter_groups,
-    seed_of,
-    untrained_avatar,
-)
+from cluster.training.loop import STATISTICS_FRAMES, untrained_avatar
+from cluster.training.micro_batches import batches_from, seed_of
 from cluster.training.objective import Objective
+from cluster.training.optimisation import descend, parameter_groups, set_learning_rate
+from cluster.training.recipe import TrainRecipe
 from lipflow.checkpoint import save_avatar
 from lipflow.config import FitConfig, RenderConfig
 from lipflow.render.renderer import Renderer
@@ -85,10 +79,11 @@ def train(scratch: Path, name: str, settings: Settings) -> dict[str, Any]:
     for step in range(recipe.steps):
         batch = next(batches)
         generator.manual_seed(seed_of(recipe.seed, step, 0))
-        for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * learning_rate_factor(step, recipe)
+        set_learning_rate(optimizer, step, recipe)
         losses = objective(batch, generator)
-        descend(losses.total, optimizer, recipe.gradient_clip_norm, step, batch.frame_ids)
+        optimizer.zero_grad(set_to_none=True)
+        losses.total.backward()
+        descend(optimizer, recipe.gradient_clip_norm, step, batch.frame_ids)
         if (step + 1) % recipe.log_every_steps == 0:
             reported = losses.terms | losses.diagnostics
             trace.append({"step": step + 1} | {key: value.item() for key, value in reported.items()})

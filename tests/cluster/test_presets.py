@@ -12,7 +12,7 @@ import yaml
 from cluster.evaluate import EvaluateRecipe
 from cluster.recipe import load_recipe
 from cluster.shard import ShardRecipe
-from cluster.training.loop import TrainRecipe
+from cluster.training.recipe import TrainRecipe
 from lipflow.config import StrictConfig
 from pipeline.dome.motion import segment_names
 from pipeline.dome.writer import DomeConfig

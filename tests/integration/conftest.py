@@ -12,7 +12,7 @@ import pytest
 from cluster.records.tracking import TrackingConfig
 from cluster.shard import ShardRecipe, ShardSummary, shard
 from cluster.synth import SynthSummary, synthesise
-from cluster.training.loop import TrainRecipe
+from cluster.training.recipe import TrainRecipe
 from lipflow.config import AvatarConfig
 from pipeline.dome.writer import DomeConfig
 from pipeline.loading.loader import LoaderConfig

@@ -13,7 +13,7 @@ from cluster.records.registry import download_model
 from cluster.records.tracking import PARENT_RUN_TAG, TrackingConfig, open_client
 from cluster.scores.scene import context_of
 from cluster.train import TrainSummary, train
-from cluster.training.loop import TrainRecipe
+from cluster.training.recipe import TrainRecipe
 from lipflow.checkpoint import load_avatar, save_avatar
 from lipflow.config import AvatarConfig, LossConfig
 from lipflow.errors import ConfigError

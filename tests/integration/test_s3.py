@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from cluster.scores.evaluation import Evaluation
 from cluster.shard import ShardRecipe, ShardSummary, shard
 from cluster.synth import synthesise
 from cluster.train import TrainSummary, train
+from cluster.training.checkpoints import CheckpointStore
 from lipflow.checkpoint import load_avatar
 from lipflow.config import FitConfig
 from pipeline import storage
@@ -46,7 +46,7 @@ class OnS3:
 
 
 class KillOneWorker(threading.Thread):
-    """Kills a training worker below process ``pid`` as soon as the first checkpoint is registered.
+    """Kills a training worker below process ``pid`` as soon as the first checkpoint is complete.
 
     Attributes:
         after_step: the step of the checkpoint that was there; None if nothing was killed.
@@ -60,27 +60,22 @@ class KillOneWorker(threading.Thread):
     def run(self) -> None:
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
-            registered = registered_checkpoints(self._training)
-            if registered:
+            complete = complete_checkpoints(self._training)
+            if complete:
                 workers = [
                     process
                     for process in psutil.Process(self._pid).children(recursive=True)
                     if "RayTrainWorker" in "".join(process.cmdline()[:1])
                 ]
                 workers[0].kill()
-                self.after_step = registered[-1]
+                self.after_step = complete[-1]
                 return
             time.sleep(0.05)
 
 
-def registered_checkpoints(training: Path) -> list[int]:
-    """Steps of the checkpoints that Ray Train has registered."""
-    snapshot = training / "ray" / "train" / "checkpoint_manager_snapshot.json"
-    try:
-        state = json.loads(snapshot.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return []
-    return sorted(entry["metrics"]["step"] for entry in state["checkpoint_results"])
+def complete_checkpoints(training: Path) -> list[int]:
+    """Steps of the checkpoints that are there, in the server's own folder."""
+    return [checkpoint.step for checkpoint in CheckpointStore(str(training)).complete()]
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +135,7 @@ def test_a_training_whose_worker_was_killed_continues_from_its_checkpoint_on_s3(
     assert set(steps) == set(range(1, STEPS + 1))
     # Steps that the checkpoint holds were not computed again.
     assert [step for step in steps if step <= on_s3.killed_after_step] == list(range(1, on_s3.killed_after_step + 1))
-    assert registered_checkpoints(on_s3.objects / "avatar")[-1] == STEPS
+    assert complete_checkpoints(on_s3.objects / "avatar")[-1] == STEPS
 
 
 def test_avatar_evaluation_and_artifacts_are_on_s3_and_the_model_loads(on_s3: OnS3, tmp_path: Path):

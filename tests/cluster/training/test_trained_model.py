@@ -10,7 +10,7 @@ import torch
 
 from cluster import train as train_job
 from cluster.training import trained_model
-from cluster.training.loop import TrainRecipe
+from cluster.training.recipe import TrainRecipe
 from cluster.training.trained_model import fetched, resolved
 from lipflow.checkpoint import CheckpointError, save_avatar
 from lipflow.config import AvatarConfig
