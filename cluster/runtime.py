@@ -126,7 +126,7 @@ def map_tasks(
         arguments: one tuple a task.
         description: what the progress bar says.
         cpus_per_task: what Ray reserves for each.
-        max_in_flight: tasks submitted at once; by default four for each CPU of the cluster.
+        max_in_flight: tasks submitted at once; by default four for each CPU that the cluster has by then.
         stop_when: called with each result as it comes; once it is true no further task is submitted, and the results
             of those that were not are None.
         receive: called with each result as it comes; what it returns is kept in its place. So what is large can be
@@ -139,8 +139,6 @@ def map_tasks(
         ClusterError: a task was lost more often than Ray retries.
     """
     remote = ray.remote(num_cpus=cpus_per_task, max_retries=4)(function)
-    if max_in_flight is None:
-        max_in_flight = max(4, 4 * int(ray.cluster_resources().get("CPU", 1)))
     results: list[Any] = [None] * len(arguments)
     index_of: dict[ray.ObjectRef, int] = {}
     waiting = iter(enumerate(arguments))
@@ -149,7 +147,9 @@ def map_tasks(
         exhausted, finished = False, 0
         next_line_s = time.monotonic() + PROGRESS_LINE_EVERY_S
         while index_of or not exhausted:
-            while not exhausted and len(index_of) < max_in_flight:
+            # Asked again and again: an autoscaler adds nodes for the tasks that wait, so the number of both grows.
+            limit = max_in_flight or max(4, 4 * int(ray.cluster_resources().get("CPU", 1)))
+            while not exhausted and len(index_of) < limit:
                 item = next(waiting, None)
                 if item is None:
                     exhausted = True

@@ -166,6 +166,9 @@ def _train(
     if storage.exists(storage.join(out_uri, SUMMARY_FILE)):
         return TrainSummary(**json.loads(storage.read_text(storage.join(out_uri, SUMMARY_FILE))))
     began = time.perf_counter()
+    if recipe.tracking.unsent_dir is None:
+        tracking = recipe.tracking.model_copy(update={"unsent_dir": out_uri})
+        recipe = recipe.model_copy(update={"tracking": tracking})
     initialise(recipe.tracking)
     with (
         tracked_run(
@@ -301,6 +304,8 @@ def _raised_by_worker(error: BaseException) -> BaseException:
 def _register(folder: Path, run: Run, recipe: TrainRecipe, shards: ShardSet) -> str | None:
     if recipe.register_as is None or not load_avatar(folder).signals:
         return None
+    # Other than metrics, a version cannot be sent later: a server that is away is waited for, and then it is an error.
+    run.flush(recipe.tracking.wait_s)
     example = shards.frames(shards.frame_ids("val")[:1], shards.train_camera_ids[:1]).driving
     version = register_avatar(folder, run, example=example, shards_digest=shards.digest, name=recipe.register_as)
     return version.uri

@@ -1,4 +1,4 @@
-"""One MLflow run, as a job sees it: metrics are buffered, everything else is written at once."""
+"""One MLflow run, as a job sees it: metrics are sent from the background, everything else is written at once."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cluster.records.outbox import Outbox, Parcel, TrackingError
 from cluster.records.redaction import redact_text
-from lipflow.errors import LipflowError
+from cluster.records.unsent import UnsentMetrics
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric
     from mlflow.tracking import MlflowClient
     from PIL.Image import Image
 
-METRICS_PER_REQUEST = 1000
-FLUSH_AFTER_METRICS = 500
-FLUSH_AFTER_S = 5.0
+LOST_METRICS_TAG = "lipflow.metrics_dropped"
+LOST_PICTURES_TAG = "lipflow.pictures_dropped"
+
+FLUSH_WAIT_S = 5.0
+"""The longest that a checkpoint waits for the store."""
+
+_LONGEST_TAG = 4000
 
 _logger = logging.getLogger(__name__)
-
-
-class TrackingError(LipflowError):
-    """A tracking store that cannot be reached or used, or a run that it does not hold."""
 
 
 @contextmanager
@@ -58,52 +59,136 @@ def _store_exceptions() -> tuple[type[Exception], ...]:
 class Run:
     """What a job writes to while it runs; made by :func:`cluster.records.tracking.tracked_run`.
 
-    Every method but :meth:`log_metrics` raises :class:`TrackingError` if the store cannot be written.
+    :meth:`log_metrics`, :meth:`try_flush` and :meth:`try_log_image` never fail because of the store. Every other method
+    raises :class:`TrackingError` if it cannot be written.
 
-    Attributes:
+    Args:
+        client: the MLflow client, for what this class does not cover.
         run_id: MLflow's id of the run.
         uri: the tracking URI of its store.
-        experiment_id: MLflow's id of the experiment.
-        client: the MLflow client, for what this class does not cover.
+        experiment_id: MLflow's id of the experiment; empty if the store was away when the run was opened.
+        unsent: where metrics go that the store did not take.
+        most_waiting_metrics: so many wait at most while the store is away.
     """
 
-    def __init__(self, client: MlflowClient, run_id: str, *, uri: str, experiment_id: str) -> None:
+    def __init__(
+        self,
+        client: MlflowClient,
+        run_id: str,
+        *,
+        uri: str,
+        experiment_id: str,
+        unsent: UnsentMetrics,
+        most_waiting_metrics: int,
+    ) -> None:
         self.client = client
         self.run_id = run_id
         self.uri = uri
         self.experiment_id = experiment_id
-        self._buffer: list[Metric] = []
-        self._last_flush_s = time.monotonic()
+        self._unsent = unsent
+        self._outbox = Outbox(self._send_metrics, most_metrics=most_waiting_metrics)
+        self._other_losses: list[str] = []
+        self._told: dict[str, str] = {}
+        self._told_before: dict[str, str] = {}
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Note scalar metrics at ``step``; they are sent in batches, at the latest when the run ends.
+        """Note scalar metrics at ``step``; a thread sends them in batches, at the latest when the run ends.
 
-        A store that fails for a while costs a warning, not the job: what could not be sent is kept and sent
-        with the next batch.
+        This never waits for the store. While it is away the newest metrics are kept; what was dropped is stated in the
+        run's tag ``lipflow.metrics_dropped`` once it is back.
         """
         from mlflow.entities import Metric
 
         now_ms = int(time.time() * 1000)
-        self._buffer += [Metric(name, float(value), now_ms, step) for name, value in metrics.items()]
-        idle_s = time.monotonic() - self._last_flush_s
-        if len(self._buffer) >= FLUSH_AFTER_METRICS or idle_s >= FLUSH_AFTER_S:
-            self.try_flush()
+        self._outbox.add([Metric(name, float(value), now_ms, step) for name, value in metrics.items()])
+
+    def try_log_image(self, image: np.ndarray | Image, name: str) -> None:
+        """Like :meth:`log_image`, but sent by the thread that sends metrics: a store that is away costs a warning.
+
+        Up to 16 pictures wait; those that were dropped are named in the run's tag ``lipflow.pictures_dropped``.
+        """
+        kept = image.copy()
+        self._outbox.add_parcel(Parcel(name, lambda: self.log_image(kept, name)))
 
     def try_flush(self) -> None:
-        """Send the metrics that wait; a store that fails costs a warning."""
-        try:
-            self.flush()
-        except TrackingError as error:
-            _logger.warning("%d metrics wait to be sent: %s", len(self._buffer), error)
+        """Send the metrics that wait, for a checkpoint: what it covers is not computed again.
 
-    def flush(self) -> None:
-        """Send the metrics that wait."""
-        self._last_flush_s = time.monotonic()
-        while self._buffer:
-            batch = self._buffer[:METRICS_PER_REQUEST]
-            with store_errors(self.uri):
-                self.client.log_batch(self.run_id, metrics=batch)
-            del self._buffer[: len(batch)]
+        This takes 5 s at most, and no time where the store is known to be away. What could not be sent then is kept in
+        a file, so that a job that is killed does not lose it.
+        """
+        if not self._outbox.drain(0.0 if self._outbox.failure else FLUSH_WAIT_S):
+            self._unsent.keep(self._outbox.waiting_metrics(), self._lost_metrics())
+        else:
+            self._unsent.forget()
+
+    def flush(self, timeout_s: float = 60.0) -> None:
+        """Send the metrics and pictures that wait.
+
+        Raises:
+            TrackingError: the store has not taken them within the time.
+        """
+        if not self._outbox.drain(timeout_s):
+            reason = self._outbox.failure or f"no answer from {redact_text(self.uri)}"
+            raise TrackingError(f"metrics were not taken within {timeout_s:.0f} s: {reason}")
+
+    def close(self, timeout_s: float, *, take_back: bool = False) -> bool:
+        """Send what waits; what the store does not take within the time goes into a file, which a warning names.
+
+        Args:
+            timeout_s: how long the store is waited for.
+            take_back: also send what other processes of this job could not, such as workers.
+
+        Returns:
+            Whether the store has everything.
+        """
+        if take_back:
+            metrics, self._other_losses = self._unsent.take_back()
+            self._outbox.add(metrics)
+        sent = self._outbox.drain(timeout_s) and self._try_tell_losses()
+        self._outbox.close()
+        if sent:
+            self._unsent.forget()
+            return True
+        metrics, pictures = self._outbox.waiting_metrics(), self._outbox.waiting_parcels()
+        kept_in = self._unsent.keep(metrics, self._lost_metrics())
+        reason = self._outbox.failure or f"no answer from {redact_text(self.uri)} in {timeout_s:.0f} s"
+        where = f"they are kept in {kept_in}" if kept_in else "they are lost"
+        lost = f", and {len(pictures)} pictures are lost ({', '.join(pictures)})" if pictures else ""
+        _logger.warning("run %s lacks %d metrics; %s%s: %s", self.run_id, len(metrics), where, lost, reason)
+        return False
+
+    def _send_metrics(self, metrics: Sequence[Metric]) -> None:
+        with store_errors(self.uri):
+            self.client.log_batch(self.run_id, metrics=metrics)
+        self._tell_losses()
+
+    def _lost_metrics(self) -> str:
+        """What the run lacks for good, by this process and by those whose files were taken back."""
+        dropped = self._outbox.dropped
+        steps = f"{dropped.metrics} metrics of steps {dropped.first_step} to {dropped.last_step}"
+        return "; ".join([*self._other_losses, *([steps] if dropped.metrics else [])])
+
+    def _tell_losses(self) -> None:
+        """State in the run what it lacks, beside what earlier processes stated."""
+        losses = {LOST_METRICS_TAG: self._lost_metrics(), LOST_PICTURES_TAG: ", ".join(self._outbox.dropped.parcels)}
+        if all(self._told.get(tag, "") == text for tag, text in losses.items()):
+            return
+        with store_errors(self.uri):
+            if not self._told:
+                self._told_before = dict(self.client.get_run(self.run_id).data.tags)
+            for tag, text in losses.items():
+                if text != self._told.get(tag, ""):
+                    before = self._told_before.get(tag)
+                    self.client.set_tag(self.run_id, tag, (f"{before}; {text}" if before else text)[:_LONGEST_TAG])
+                    self._told[tag] = text
+
+    def _try_tell_losses(self) -> bool:
+        try:
+            self._tell_losses()
+        except TrackingError as error:
+            _logger.warning("what run %s lacks is not stated in it: %s", self.run_id, error)
+            return False
+        return True
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags of the run, without secrets."""

@@ -4,6 +4,10 @@ A job opens a run with :func:`tracked_run`. The run carries the recipe (as param
 version of the code, the digest of the shard set and the run it grew out of, so that any number can be traced
 back to what made it. A job that fails marks its run FAILED and says why; one that is interrupted, KILLED.
 
+A store that goes away while a job runs does not stop it: metrics wait in memory until it is back. At its end a job
+waits ``tracking.wait_s`` for it; then metrics go into files, the run stays without an end, and warnings say so. The
+job's result stands all the same.
+
 MLflow takes seconds to import, so it is imported when a run is opened, not when this module is.
 """
 
@@ -22,10 +26,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
+from cluster.records.outbox import TrackingError
 from cluster.records.redaction import flatten, redact, redact_text
-from cluster.records.run import Run, TrackingError, store_errors
+from cluster.records.run import Run, store_errors
+from cluster.records.unsent import UnsentMetrics
 from lipflow.config import StrictConfig
 from lipflow.errors import ConfigError
 
@@ -49,6 +55,7 @@ _LONGEST_PARAM = 500
 _LONGEST_TAG = 4000
 _SERVER_TRIES = 4
 _SERVER_TIMEOUT_S = 10.0
+_WAIT_AFTER_ERROR_S = 10.0
 
 _logger = logging.getLogger(__name__)
 
@@ -61,11 +68,18 @@ class TrackingConfig(StrictConfig):
         experiment: the experiment that all runs belong to.
         artifact_uri: where a *new* experiment keeps its artifacts, such as ``s3://bucket/artifacts``; None:
             ``LIPFLOW_ARTIFACT_URI``, else ``mlartifacts`` beside the database, or what the server decides.
+        wait_s: how long a job waits, at its end, for a store that does not answer.
+        most_waiting_metrics: so many wait in memory at most (700 bytes each) while the store does not answer.
+        unsent_dir: where ``unsent-metrics/`` goes if metrics could not be sent; None: the job's OUT if it has one, else
+            the working folder.
     """
 
     uri: str | None = None
     experiment: str = "lipflow"
     artifact_uri: str | None = None
+    wait_s: float = Field(60.0, ge=0)
+    most_waiting_metrics: int = Field(100_000, ge=1000)
+    unsent_dir: str | None = None
 
 
 def resolve_tracking_uri(config: TrackingConfig) -> str:
@@ -136,7 +150,7 @@ def tracked_run(
             started and says so in its tag ``lipflow.continues``.
 
     Raises:
-        TrackingError: the store cannot be reached, or buffered metrics could not be sent at the end.
+        TrackingError: the store cannot be reached when the run is opened.
     """
     uri, client, experiment_id = _open_store(config)
     all_tags = {KIND_TAG: kind, CODE_VERSION_TAG: code_version()}
@@ -158,37 +172,43 @@ def tracked_run(
             client.update_run(mlflow_run.info.run_id, status="RUNNING")
         if recipe is not None:
             _log_recipe(client, mlflow_run, recipe)
-    run = Run(client, mlflow_run.info.run_id, uri=uri, experiment_id=experiment_id)
+    run = _run_of(client, mlflow_run.info.run_id, uri, experiment_id, config)
     try:
         yield run
-        run.flush()
     except (KeyboardInterrupt, SystemExit):
-        _close_after_error(run, "KILLED", "interrupted")
+        _close_after_error(run, config, "KILLED", "interrupted")
         raise
     except Exception as error:
-        _close_after_error(run, "FAILED", f"{type(error).__name__}: {error}")
+        _close_after_error(run, config, "FAILED", f"{type(error).__name__}: {error}")
         raise
-    with store_errors(uri):
-        client.set_terminated(run.run_id, status="FINISHED")
+    run.close(config.wait_s, take_back=True)
+    _set_terminated(run, "FINISHED")
 
 
 @contextmanager
 def attached_run(config: TrackingConfig, run_id: str) -> Iterator[Run]:
     """Log into a run that another process owns, such as a worker into its job's run; its status is untouched.
 
+    A store that is away costs a warning here, too: a worker that starts again goes on without it.
+
     Raises:
-        TrackingError: the store cannot be reached or does not hold the run.
+        TrackingError: the store answers, and does not hold the run.
     """
-    uri, client, experiment_id = _open_store(config)
-    with store_errors(uri):
-        known = _find_run(client, run_id) is not None
+    uri = resolve_tracking_uri(config)
+    try:
+        uri, client, experiment_id = _open_store(config)
+        with store_errors(uri):
+            known = _find_run(client, run_id) is not None
+    except TrackingError as error:
+        _logger.warning("run %s is continued without having been looked up: %s", run_id, error)
+        client, experiment_id, known = _client(uri), "", True
     if not known:
         raise TrackingError(f"no run {run_id} in {redact_text(uri)}: give the id of a run in this store")
-    run = Run(client, run_id, uri=uri, experiment_id=experiment_id)
+    run = _run_of(client, run_id, uri, experiment_id, config)
     try:
         yield run
     finally:
-        run.flush()
+        run.close(config.wait_s)
 
 
 def latest_run(config: TrackingConfig, kind: RunKind, tags: Mapping[str, str] | None = None) -> str | None:
@@ -247,7 +267,7 @@ def _installed_version() -> str:
 def _open_store(config: TrackingConfig) -> tuple[str, MlflowClient, str]:
     """(tracking URI, client, experiment id); makes what is missing."""
     uri = resolve_tracking_uri(config)
-    _quieten()
+    _prepare_mlflow()
     if not uri.startswith(_SQLITE):
         if uri.startswith(("http://", "https://")):
             _check_server(uri)
@@ -265,13 +285,29 @@ def _open_store(config: TrackingConfig) -> tuple[str, MlflowClient, str]:
         return _open_experiment(uri, config, artifact_default)
 
 
+def _client(uri: str) -> MlflowClient:
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def _run_of(client: MlflowClient, run_id: str, uri: str, experiment_id: str, config: TrackingConfig) -> Run:
+    return Run(
+        client,
+        run_id,
+        uri=uri,
+        experiment_id=experiment_id,
+        unsent=UnsentMetrics(config.unsent_dir or str(Path.cwd()), run_id),
+        most_waiting_metrics=config.most_waiting_metrics,
+    )
+
+
 def _open_experiment(uri: str, config: TrackingConfig, artifact_default: str | None) -> tuple[str, MlflowClient, str]:
     from mlflow.exceptions import MlflowException
-    from mlflow.tracking import MlflowClient
 
     artifact_uri = config.artifact_uri or os.environ.get("LIPFLOW_ARTIFACT_URI") or artifact_default
     with store_errors(uri):
-        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        client = _client(uri)
         experiment = client.get_experiment_by_name(config.experiment)
         if experiment is not None and experiment.lifecycle_stage == "deleted":
             raise TrackingError(
@@ -308,14 +344,19 @@ def _check_server(uri: str) -> None:
             time.sleep(1.0 + attempt)
 
 
-def _quieten() -> None:
-    """Keep MLflow's and alembic's notices off the terminal, and MLflow from reporting its use over the network.
+def _prepare_mlflow() -> None:
+    """Keep MLflow quiet, and its requests short.
 
-    Standard output must stay clean: jobs print their result as JSON there.
+    Standard output must stay clean, since jobs print their result as JSON there, and nothing is reported over the
+    network. A request to a server that is away fails within seconds, one that hangs within two minutes: by MLflow's own
+    defaults a job would stand still for longer, and what the background sends is sent again anyway.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
@@ -344,12 +385,16 @@ def _log_recipe(client: MlflowClient, mlflow_run: MlflowRun, recipe: BaseModel |
         client.log_batch(mlflow_run.info.run_id, params=params[start : start + _PARAMS_PER_REQUEST])
 
 
-def _close_after_error(run: Run, status: str, reason: str) -> None:
+def _close_after_error(run: Run, config: TrackingConfig, status: str, reason: str) -> None:
     """Record how the run ended; trouble with the store must not hide the error that ended it."""
+    run.close(min(config.wait_s, _WAIT_AFTER_ERROR_S), take_back=True)
+    _set_terminated(run, status, {ERROR_TAG: reason[:_LONGEST_TAG]})
+
+
+def _set_terminated(run: Run, status: str, tags: Mapping[str, str] | None = None) -> None:
     try:
+        run.set_tags(tags or {})
         with store_errors(run.uri):
-            run.set_tags({ERROR_TAG: reason[:_LONGEST_TAG]})
-            run.flush()
             run.client.set_terminated(run.run_id, status=status)
     except TrackingError as error:
-        _logger.warning("the end of run %s was not recorded: %s", run.run_id, error)
+        _logger.warning("the end of run %s (%s) was not recorded: %s", run.run_id, status, error)

@@ -135,41 +135,6 @@ def test_attached_run_logs_without_ending_the_run(config):
         pass
 
 
-def test_store_that_fails_for_a_while_loses_no_metric_and_does_not_stop_the_job(config, monkeypatch, caplog):
-    from mlflow.exceptions import MlflowException
-
-    with tracked_run("train", "flaky", config=config) as run:
-        send, calls = run.client.log_batch, []
-
-        def flaky(*arguments, **named):
-            calls.append(named)
-            if len(calls) == 1:
-                raise MlflowException("the server is away\nfor a moment")
-            return send(*arguments, **named)
-
-        monkeypatch.setattr(run.client, "log_batch", flaky)
-        for step in range(700):
-            run.log_metrics({"loss": step}, step=step)
-        assert "500 metrics wait to be sent" in caplog.text
-    history = run.client.get_metric_history(run.run_id, "loss")
-    assert [point.step for point in history] == list(range(700))
-
-
-def test_metrics_that_cannot_be_sent_at_the_end_are_an_error(config, monkeypatch):
-    from mlflow.exceptions import MlflowException
-
-    def away(*arguments, **named):
-        raise MlflowException("the server is away")
-
-    def job() -> None:
-        with tracked_run("train", "lost", config=config) as run:
-            monkeypatch.setattr(run.client, "log_batch", away)
-            run.log_metrics({"loss": 1.0})
-
-    with pytest.raises(TrackingError, match="the server is away"):
-        job()
-
-
 def test_tables_and_pictures_can_be_loaded_back(config):
     rows = [{"signal": "hmc", "psnr": 31.25}, {"signal": "keypoints", "psnr": 28.5}]
     picture = np.random.default_rng(1).integers(0, 255, (6, 9, 3), dtype=np.uint8)
