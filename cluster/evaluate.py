@@ -32,8 +32,9 @@ from cluster import command
 from cluster.command import JsonOption, RecipeOption, SetOption
 from cluster.compare import named, refuse_namesakes
 from cluster.recipe import load_recipe
-from cluster.records.registry import download_model, record_evaluation, registered_version
-from cluster.records.tracking import TrackingConfig, initialise, tracked_run
+from cluster.records.evaluations import log_scores, record_evaluation
+from cluster.records.registry import download_model, registered_version, run_of
+from cluster.records.tracking import MODEL_TAG, TrackingConfig, initialise, tracked_run
 from cluster.reports.evaluation_report import Comparison, compared, write_comparison
 from cluster.reports.gallery import failure_sheets, picture_sheets, worst_frames
 from cluster.runtime import map_tasks, ray_cluster
@@ -132,7 +133,7 @@ def evaluate(
         out_uri: where tables and pictures go.
         recipe: the settings.
         name: of the variant in tables; None: its method.
-        parent_run: the training run, for MLflow's links.
+        parent_run: the training run, for MLflow's links; None: that of a ``models:/`` or ``runs:/`` URI.
 
     Raises:
         LipflowError: no such model or shard set, or one that does not fit the other; ``out_uri`` not writable.
@@ -141,6 +142,13 @@ def evaluate(
     shards = ShardSet.open(shards_uri)
     storage.check_writable(out_uri)
     initialise(recipe.tracking)
+    version = None
+    if model.startswith("models:/"):
+        # An alias may move while this runs.
+        version = registered_version(model, recipe.tracking)
+        model, parent_run = version.uri, parent_run or version.run_id
+    elif model.startswith("runs:/"):
+        parent_run = parent_run or run_of(model)
     with tempfile.TemporaryDirectory() as folder:
         local = download_model(model, Path(folder, "avatar"), recipe.tracking)
         avatar = load_avatar(local)
@@ -156,6 +164,7 @@ def evaluate(
             f"evaluate-{name or method}",
             config=recipe.tracking,
             recipe=recipe,
+            tags={MODEL_TAG: model},
             shards_digest=shards.digest,
             parent_run=parent_run,
         ) as run,
@@ -196,6 +205,7 @@ def evaluate(
             failures=tuple(failures),
         )
         run.log_metrics(evaluation.metrics())
+        log_scores(run, sheet)
         run.log_table([asdict(score) for score in sheet.scores], SCORES_FILE)
         latents = [
             {"latent": latent, "iterations": iterations, "frame_id": frame_id, "z": z}
@@ -206,13 +216,8 @@ def evaluate(
         sheets |= {f"failures/{key}": image for key, image in failure_sheets(failures, pictures).items()}
         for key, image in sheets.items():
             run.log_image(image, f"{key}.png")
-        if model.startswith("models:/"):
-            record_evaluation(
-                registered_version(model, recipe.tracking),
-                run,
-                metrics=evaluation.metrics(),
-                shards_digest=shards.digest,
-            )
+        if version is not None:
+            record_evaluation(version, run, metrics=evaluation.metrics(), shards_digest=shards.digest)
     for key, image in sheets.items():
         storage.write_bytes(storage.join(out_uri, f"{key}.png"), png_bytes(image))
     storage.write_bytes(storage.join(out_uri, SCORES_FILE), sheet.to_json().encode())

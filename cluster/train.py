@@ -41,6 +41,7 @@ from ray.train.torch import TorchTrainer
 from cluster import command
 from cluster.command import JsonOption, RecipeOption, SetOption
 from cluster.recipe import load_recipe
+from cluster.records.card import TrainingData
 from cluster.records.redaction import redact
 from cluster.records.registry import register_avatar
 from cluster.records.run import Run
@@ -277,7 +278,14 @@ def _register(folder: Path, run: Run, recipe: TrainRecipe, shards: ShardSet) -> 
     if recipe.register_as is None or not load_avatar(folder).signals:
         return None
     example = shards.frames(shards.frame_ids("val")[:1], shards.train_camera_ids[:1]).driving
-    version = register_avatar(folder, run, example=example, shards_digest=shards.digest, name=recipe.register_as)
+    version = register_avatar(
+        folder,
+        run,
+        example=example,
+        shards_digest=shards.digest,
+        data=TrainingData.of(shards),
+        name=recipe.register_as,
+    )
     return version.uri
 
 

@@ -38,6 +38,7 @@ RunKind = Literal["shard", "train", "tune", "evaluate", "fit", "sample", "promot
 KIND_TAG = "lipflow.kind"
 SHARDS_DIGEST_TAG = "lipflow.shards_digest"
 PARENT_RUN_TAG = "lipflow.parent_run"
+MODEL_TAG = "lipflow.model"
 CODE_VERSION_TAG = "lipflow.code_version"
 ERROR_TAG = "lipflow.error"
 RECIPE_FILE = "recipe.json"
@@ -316,6 +317,7 @@ def _quieten() -> None:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
 

@@ -1,4 +1,4 @@
-"""Avatars come back from the registry as they went in, and only better ones become champion."""
+"""Avatars come back from the registry as they went in."""
 
 from __future__ import annotations
 
@@ -12,20 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.records.promotion import PromotionConfig, promote, rollback
 from cluster.records.pyfunc_model import driving_signals, input_arrays
 from cluster.records.registry import (
-    CHALLENGER,
     AvatarVersion,
     RegistryError,
     download_model,
-    evaluation_metrics,
     find_version,
-    record_evaluation,
     register_avatar,
     registered_version,
 )
-from cluster.records.tracking import KIND_TAG, PARENT_RUN_TAG, TrackingConfig, load_table, open_client, tracked_run
+from cluster.records.tracking import TrackingConfig, open_client, tracked_run
 from lipflow.checkpoint import load_avatar, save_avatar
 from lipflow.config import AvatarConfig
 from lipflow.errors import LipflowError
@@ -40,7 +36,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:For backward compatibility, 'str' dtypes"),
 ]
 
-PSNR = PromotionConfig(primary_metric="psnr_db", higher_is_better=True)
 FRAMES = 3
 
 
@@ -95,34 +90,15 @@ def config(tracking_config) -> TrackingConfig:
 @pytest.fixture(scope="module")
 def registered(config, model_dir) -> AvatarVersion:
     with tracked_run("train", "train", config=config) as run:
-        return register_avatar(
-            model_dir, run, example=make_driving(), shards_digest="d1", metrics={"psnr_db": 30.0}, name="packaged"
-        )
+        return register_avatar(model_dir, run, example=make_driving(), shards_digest="d1", name="packaged")
 
 
-def add_version(config: TrackingConfig, name: str, digest: str = "d1", **metrics: float) -> str:
-    """A version with nothing but its evaluation, which is all that the gate reads."""
-    with tracked_run("train", "train", config=config) as run:
-        if not [model for model in run.client.search_registered_models() if model.name == name]:
-            run.client.create_registered_model(name)
-        created = run.client.create_model_version(name, "file:///nowhere", run.run_id)
-        version = AvatarVersion(name, str(created.version), run.run_id)
-        run.client.set_registered_model_alias(name, CHALLENGER, version.version)
-        record_evaluation(version, run, metrics=metrics, shards_digest=digest)
-    return version.version
-
-
-def champion(config: TrackingConfig, name: str) -> str:
-    return str(find_version(open_client(config), name, "champion").version)
-
-
-def test_registered_version_has_alias_digest_and_metrics(config, registered):
+def test_registered_version_has_alias_and_digest(config, registered):
     assert registered_version("models:/packaged@challenger", config) == registered
     found = find_version(open_client(config), "packaged", "challenger")
     assert str(found.version) == registered.version
     assert found.run_id == registered.run_id
     assert found.tags["lipflow.shards_digest"] == "d1"
-    assert evaluation_metrics(found) == {"psnr_db": 30.0}
 
 
 def test_registered_model_predicts_in_a_fresh_process_without_unpickling(config, registered, model_dir, tmp_path):
@@ -234,63 +210,6 @@ def test_pyfunc_input_round_trips_and_refuses_what_does_not_fit():
         driving_signals(arrays | {"keypoints": arrays["keypoints"][:1]}, ("keypoints",), torch.device("cpu"))
     with pytest.raises(LipflowError, match="has no hmc_images"):
         input_arrays(DrivingSignals(), views, ("hmc",))
-
-
-def test_first_candidate_is_promoted_and_better_ones_follow_and_can_be_rolled_back(config):
-    first = add_version(config, "gate", psnr_db=30.0, rmse_mm=1.0)
-    decision = promote(config, PSNR, name="gate")
-    assert decision.promoted
-    assert decision.champion_version is None
-
-    second = add_version(config, "gate", psnr_db=30.5, rmse_mm=1.1)
-    decision = promote(config, PSNR, name="gate")
-    assert decision.promoted
-    assert champion(config, "gate") == second
-    table = load_table(config, decision.run_id, "decision.json")
-    assert table[0] == {"metric": "psnr_db", "candidate": 30.5, "champion": 30.0, "decides": True}
-    tags = open_client(config).get_run(decision.run_id).data.tags
-    assert tags[KIND_TAG] == "promote"
-    assert tags["lipflow.decision"] == "promoted"
-    assert PARENT_RUN_TAG in tags
-
-    decision = promote(config, PSNR, name="gate")
-    assert not decision.promoted
-    assert "the champion already" in decision.reason
-
-    assert rollback(config, name="gate") == (second, first)
-    assert champion(config, "gate") == first
-    with pytest.raises(RegistryError, match="no earlier champion"):
-        rollback(config, name="gate")
-
-
-@pytest.mark.parametrize(
-    ("digest", "psnr_db", "criterion", "reason"),
-    [
-        ("d1", 30.0, PSNR, "not better"),
-        ("d1", 29.0, PSNR, "not better"),
-        ("d1", float("nan"), PSNR, "no measurement"),
-        ("d2", 40.0, PSNR, "evaluate both on the same one"),
-        ("d1", 30.4, PSNR.model_copy(update={"minimum_gain": 0.5}), "by at least 0.5"),
-        ("d1", 31.0, PSNR.model_copy(update={"higher_is_better": False}), "not better"),
-    ],
-)
-def test_candidate_that_is_not_measurably_better_is_refused(config, request, digest, psnr_db, criterion, reason):
-    name = f"refuse-{request.node.callspec.indices['digest']}-{psnr_db}-{criterion.higher_is_better}"
-    held = add_version(config, name, psnr_db=30.0)
-    assert promote(config, PSNR, name=name).promoted
-    add_version(config, name, digest, psnr_db=psnr_db)
-    decision = promote(config, criterion, name=name)
-    assert not decision.promoted
-    assert reason in decision.reason
-    assert champion(config, name) == held
-
-
-def test_candidate_without_the_deciding_metric_is_an_error(config):
-    add_version(config, "unmeasured", rmse_mm=1.0)
-    with pytest.raises(RegistryError, match=r"no metric 'psnr_db', it has \['rmse_mm'\]"):
-        promote(config, PSNR, name="unmeasured")
-    with pytest.raises(RegistryError, match="no model 'absent'"):
-        promote(config, PSNR, name="absent")
 
 
 def test_signature_states_the_avatars_shapes(config, registered, tmp_path):
