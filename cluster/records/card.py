@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 
 from cluster.records.redaction import redact_text
 from lipflow.config import AvatarConfig
-from pipeline.loading.loader import ShardSet
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
+
+    from pipeline.loading.loader import ShardSet
 
 CARD_FILE = "README.md"
 MODEL_FOLDER = "avatar"

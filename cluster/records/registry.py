@@ -255,10 +255,12 @@ def _avatar_folder(folder: Path, model: str) -> Path:
 
 
 def _signature(arrays, avatar):
-    """Named tensors with a free first axis; outputs as ``cluster.records.pyfunc_model`` states them."""
+    """Named tensors with a free first axis; outputs and params as ``cluster.records.pyfunc_model`` states them."""
     import numpy as np
     from mlflow.models import ModelSignature
-    from mlflow.types.schema import Schema, TensorSpec
+    from mlflow.types.schema import DataType, ParamSchema, ParamSpec, Schema, TensorSpec
+
+    from cluster.records.pyfunc_model import PARAMS
 
     num_vertices, size = avatar.context.topology.num_vertices, avatar.config.texture_size
     latent = (-1, avatar.config.latent_size)
@@ -270,8 +272,10 @@ def _signature(arrays, avatar):
                 TensorSpec(np.dtype(np.uint8), (-1, 3, size, size), "textures"),
                 TensorSpec(np.dtype(np.float32), latent, "latent_mean"),
                 TensorSpec(np.dtype(np.float32), latent, "latent_std"),
+                TensorSpec(np.dtype(np.float32), (-1, num_vertices), "vertex_std_mm"),
             ]
         ),
+        params=ParamSchema([ParamSpec(name, DataType.long, default) for name, default in PARAMS.items()]),
     )
 
 
