@@ -30,7 +30,7 @@ from pydantic import Field, model_validator
 
 from cluster import command
 from cluster.command import JsonOption, RecipeOption, SetOption
-from cluster.compare import named, refuse_namesakes
+from cluster.compare import called, named, refuse_namesakes
 from cluster.recipe import load_recipe
 from cluster.records.evaluations import log_scores, record_evaluation
 from cluster.records.registry import download_model, registered_version, run_of
@@ -246,8 +246,8 @@ def evaluate_models(
         evaluation = evaluate(model, shards_uri, out_uri, recipe, name=name)
         return compared([evaluation.sheet], recipe.protocol, recipe.intervals, recipe.baseline), [evaluation]
     pairs = [named(model) for model in models]
-    names = [name or _called(model) for name, model in pairs]
-    refuse_namesakes([(name, called) for (name, _), called in zip(pairs, names, strict=True)])
+    names = [name or called(model) for name, model in pairs]
+    refuse_namesakes([(name, used) for (name, _), used in zip(pairs, names, strict=True)])
     if recipe.baseline is not None and recipe.baseline not in names:
         raise ConfigError(f"baseline {recipe.baseline!r} is none of the models; choose from {names}")
     # All of them before the first is scored, which may take hours.
@@ -266,14 +266,6 @@ def evaluate_models(
     comparison = compared(sheets, recipe.protocol, recipe.intervals, recipe.baseline)
     write_comparison(out_uri, comparison, evaluations, {}, recipe.model_dump(mode="json"))
     return comparison, evaluations
-
-
-def _called(model: str) -> str:
-    """A name for a model: ``lipflow@champion`` of ``models:/lipflow@champion``, ``base`` of ``s3://runs/base/avatar``."""
-    parts = model.rstrip("/").split("/")
-    if model.startswith(("models:/", "runs:/")):
-        return "-".join(part for part in parts[1:] if part)
-    return parts[-2] if parts[-1] == "avatar" and len(parts) > 1 else parts[-1]
 
 
 def _plan(avatar_uri: str, shards: ShardSet, recipe: EvaluateRecipe, signals: Sequence[str]) -> EvaluationPlan:
