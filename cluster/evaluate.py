@@ -30,10 +30,11 @@ from pydantic import Field, model_validator
 
 from cluster import command
 from cluster.command import JsonOption, RecipeOption, SetOption
-from cluster.compare import named, refuse_namesakes
+from cluster.compare import called, named, refuse_namesakes
 from cluster.recipe import load_recipe
-from cluster.records.registry import download_model, record_evaluation, registered_version
-from cluster.records.tracking import TrackingConfig, initialise, tracked_run
+from cluster.records.evaluations import log_scores, record_evaluation
+from cluster.records.registry import download_model, registered_version, run_of
+from cluster.records.tracking import MODEL_TAG, TrackingConfig, initialise, tracked_run
 from cluster.reports.evaluation_report import Comparison, compared, write_comparison
 from cluster.reports.gallery import failure_sheets, picture_sheets, worst_frames
 from cluster.runtime import map_tasks, ray_cluster
@@ -132,7 +133,7 @@ def evaluate(
         out_uri: where tables and pictures go.
         recipe: the settings.
         name: of the variant in tables; None: its method.
-        parent_run: the training run, for MLflow's links.
+        parent_run: the training run, for MLflow's links; None: that of a ``models:/`` or ``runs:/`` URI.
 
     Raises:
         LipflowError: no such model or shard set, or one that does not fit the other; ``out_uri`` not writable.
@@ -141,6 +142,13 @@ def evaluate(
     shards = ShardSet.open(shards_uri)
     storage.check_writable(out_uri)
     initialise(recipe.tracking)
+    version = None
+    if model.startswith("models:/"):
+        # An alias may move while this runs.
+        version = registered_version(model, recipe.tracking)
+        model, parent_run = version.uri, parent_run or version.run_id
+    elif model.startswith("runs:/"):
+        parent_run = parent_run or run_of(model)
     with tempfile.TemporaryDirectory() as folder:
         local = download_model(model, Path(folder, "avatar"), recipe.tracking)
         avatar = load_avatar(local)
@@ -156,6 +164,7 @@ def evaluate(
             f"evaluate-{name or method}",
             config=recipe.tracking,
             recipe=recipe,
+            tags={MODEL_TAG: model},
             shards_digest=shards.digest,
             parent_run=parent_run,
         ) as run,
@@ -196,6 +205,7 @@ def evaluate(
             failures=tuple(failures),
         )
         run.log_metrics(evaluation.metrics())
+        log_scores(run, sheet)
         run.log_table([asdict(score) for score in sheet.scores], SCORES_FILE)
         latents = [
             {"latent": latent, "iterations": iterations, "frame_id": frame_id, "z": z}
@@ -206,13 +216,8 @@ def evaluate(
         sheets |= {f"failures/{key}": image for key, image in failure_sheets(failures, pictures).items()}
         for key, image in sheets.items():
             run.log_image(image, f"{key}.png")
-        if model.startswith("models:/"):
-            record_evaluation(
-                registered_version(model, recipe.tracking),
-                run,
-                metrics=evaluation.metrics(),
-                shards_digest=shards.digest,
-            )
+        if version is not None:
+            record_evaluation(version, run, metrics=evaluation.metrics(), shards_digest=shards.digest)
     for key, image in sheets.items():
         storage.write_bytes(storage.join(out_uri, f"{key}.png"), png_bytes(image))
     storage.write_bytes(storage.join(out_uri, SCORES_FILE), sheet.to_json().encode())
@@ -241,8 +246,8 @@ def evaluate_models(
         evaluation = evaluate(model, shards_uri, out_uri, recipe, name=name)
         return compared([evaluation.sheet], recipe.protocol, recipe.intervals, recipe.baseline), [evaluation]
     pairs = [named(model) for model in models]
-    names = [name or _called(model) for name, model in pairs]
-    refuse_namesakes([(name, called) for (name, _), called in zip(pairs, names, strict=True)])
+    names = [name or called(model) for name, model in pairs]
+    refuse_namesakes([(name, used) for (name, _), used in zip(pairs, names, strict=True)])
     if recipe.baseline is not None and recipe.baseline not in names:
         raise ConfigError(f"baseline {recipe.baseline!r} is none of the models; choose from {names}")
     # All of them before the first is scored, which may take hours.
@@ -261,14 +266,6 @@ def evaluate_models(
     comparison = compared(sheets, recipe.protocol, recipe.intervals, recipe.baseline)
     write_comparison(out_uri, comparison, evaluations, {}, recipe.model_dump(mode="json"))
     return comparison, evaluations
-
-
-def _called(model: str) -> str:
-    """A name for a model: ``lipflow@champion`` of ``models:/lipflow@champion``, ``base`` of ``s3://runs/base/avatar``."""
-    parts = model.rstrip("/").split("/")
-    if model.startswith(("models:/", "runs:/")):
-        return "-".join(part for part in parts[1:] if part)
-    return parts[-2] if parts[-1] == "avatar" and len(parts) > 1 else parts[-1]
 
 
 def _plan(avatar_uri: str, shards: ShardSet, recipe: EvaluateRecipe, signals: Sequence[str]) -> EvaluationPlan:

@@ -13,6 +13,8 @@ from cluster.recipe import load_recipe
 from cluster.records.promotion import PromotionConfig, PromotionDecision, promote, rollback
 from cluster.records.registry import CHALLENGER, DEFAULT_NAME, parse_model_uri
 from cluster.records.tracking import TrackingConfig
+from cluster.scores.gate import decision_table
+from cluster.scores.tables import as_markdown
 from lipflow.config import StrictConfig
 
 
@@ -20,22 +22,36 @@ class PromoteRecipe(StrictConfig):
     """Settings of a promotion.
 
     Attributes:
-        criterion: what better means; by default the mean image PSNR over all driving signals after the fit.
+        criterion: what better means; by default a surely higher mean image PSNR over all driving signals after the
+            fit, and no error of any region more than 5 % worse.
         tracking: the MLflow store with the registry.
     """
 
-    criterion: PromotionConfig = PromotionConfig(primary_metric="fitted.psnr_db", higher_is_better=True)
+    criterion: PromotionConfig = PromotionConfig()
     tracking: TrackingConfig = TrackingConfig()
 
 
 def promote_model(model: str, recipe: PromoteRecipe) -> PromotionDecision:
-    """Compare a registered version, as it was evaluated, with the champion; see :mod:`cluster.records.promotion`.
+    """Compare a registered version, as it was evaluated, with the champion; see :mod:`cluster.scores.gate`.
 
     Raises:
         RegistryError: ``model`` is no ``models:/`` URI of a version that was evaluated.
     """
     name, candidate = parse_model_uri(model)
     return promote(recipe.tracking, recipe.criterion, candidate=candidate, name=name)
+
+
+def _shown(decision: PromotionDecision) -> str:
+    """For a terminal: the table, and the sentence below it."""
+    compared = decision.gain is not None
+    title = (
+        f"Errors of version {decision.candidate_version} over those of champion {decision.champion_version}"
+        if compared
+        else f"Errors of version {decision.candidate_version}"
+    )
+    note = f"Paired by frame; below 1 is better. {decision.note}" if compared else "Not compared with a champion's."
+    verdict = "promoted" if decision.promoted else "refused"
+    return f"{as_markdown(decision_table(decision.rows, title, note))}\n{verdict}: {decision.reason}"
 
 
 def promote_command(
@@ -46,9 +62,9 @@ def promote_command(
     set_: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Make an evaluated model the champion, if it is better than the one that is. Exit code 1 if it is not."""
+    """Make an evaluated model the champion, if it is surely better and nowhere much worse. Exit code 1 if not."""
     decision = promote_model(model, load_recipe(PromoteRecipe, recipe, set_ or ()))
-    command.emit(asdict(decision), as_json, decision.reason)
+    command.emit(asdict(decision), as_json, _shown(decision))
     if not decision.promoted:
         raise typer.Exit(command.EXIT_BAD)
 

@@ -41,6 +41,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cluster import command
 from cluster.command import JsonOption, RecipeOption, SetOption
 from cluster.recipe import load_recipe
+from cluster.records.card import TrainingData
 from cluster.records.redaction import redact
 from cluster.records.registry import register_avatar
 from cluster.records.run import Run
@@ -307,7 +308,14 @@ def _register(folder: Path, run: Run, recipe: TrainRecipe, shards: ShardSet) -> 
     # Other than metrics, a version cannot be sent later: a server that is away is waited for, and then it is an error.
     run.flush(recipe.tracking.wait_s)
     example = shards.frames(shards.frame_ids("val")[:1], shards.train_camera_ids[:1]).driving
-    version = register_avatar(folder, run, example=example, shards_digest=shards.digest, name=recipe.register_as)
+    version = register_avatar(
+        folder,
+        run,
+        example=example,
+        shards_digest=shards.digest,
+        data=TrainingData.of(shards),
+        name=recipe.register_as,
+    )
     return version.uri
 
 

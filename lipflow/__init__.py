@@ -10,7 +10,7 @@
 ``sampling``         faces drawn from a prior
 ``metrics``          how far two faces differ; ``regions`` where, ``sample_metrics`` two sets of faces
 ``bootstrap``        intervals of what was measured
-``checkpoint``       avatars as files
+``checkpoint``       avatars as files; ``addresses`` where else they may lie
 ``multiface``        weights of the public Multiface code
 ===================  =============================================================================================
 

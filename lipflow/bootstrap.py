@@ -9,7 +9,7 @@ hard for both cancels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -102,6 +102,34 @@ def bootstrap_ratio(
     return _interval(float(top.mean() / bottom.mean()), ratios, confidence, top.shape[1])
 
 
+def bootstrap_statistic(
+    statistic: Callable[[Tensor], Tensor],
+    values: Tensor,
+    *,
+    blocks: Sequence[str] | None = None,
+    seed: int = 0,
+    confidence: float = CONFIDENCE,
+    resamples: int = RESAMPLES,
+) -> BootstrapInterval:
+    """Interval of a function of several quantities' means over the same frames, which are drawn once for all.
+
+    Args:
+        statistic: of means ``(..., T)``, gives ``(...)``.
+        values: ``(T, frames)``, a row for each quantity.
+        blocks: as in :func:`bootstrap_interval`.
+        seed: of the resampling.
+        confidence: between 0 and 1.
+        resamples: number of bootstrap samples.
+
+    Raises:
+        ValueError: as :func:`bootstrap_interval`.
+    """
+    table = _checked(values, confidence)
+    members = _membership(blocks, table.shape[1])
+    means = torch.cat([_block_means(table, members, frames) for frames, _ in _draws(table, members, seed, resamples)])
+    return _interval(float(statistic(table.mean(1))), statistic(means), confidence, table.shape[1])
+
+
 def _checked(values: Tensor, confidence: float) -> Tensor:
     """``(seeds, frames)`` float64."""
     if values.ndim not in (1, 2) or values.numel() == 0 or not bool(values.isfinite().all()):
@@ -147,11 +175,15 @@ def _counts(resamples: int, units: int, generator: torch.Generator) -> Tensor:
 def _resampled_means(table: Tensor, members: Tensor, counts: tuple[Tensor, Tensor]) -> Tensor:
     """``(r,)`` means over the drawn seeds and all frames of the drawn blocks."""
     of_blocks, of_seeds = counts
+    return (_block_means(table, members, of_blocks) * of_seeds).sum(1) / len(table)
+
+
+def _block_means(table: Tensor, members: Tensor, of_blocks: Tensor) -> Tensor:
+    """``(r, rows)`` means of each row over all frames of the drawn blocks."""
     blocks = of_blocks.shape[1]
     sums = table.new_zeros(len(table), blocks).index_add_(1, members, table)
     sizes = torch.bincount(members, minlength=blocks).double()
-    means = (of_blocks @ sums.T) / (of_blocks @ sizes)[:, None]
-    return (means * of_seeds).sum(1) / len(table)
+    return (of_blocks @ sums.T) / (of_blocks @ sizes)[:, None]
 
 
 def _interval(mean: float, resampled: Tensor, confidence: float, frames: int) -> BootstrapInterval:
@@ -160,4 +192,4 @@ def _interval(mean: float, resampled: Tensor, confidence: float, frames: int) ->
     return BootstrapInterval(mean, low, high, confidence, frames)
 
 
-__all__ = ["BootstrapInterval", "bootstrap_interval", "bootstrap_ratio"]
+__all__ = ["BootstrapInterval", "bootstrap_interval", "bootstrap_ratio", "bootstrap_statistic"]

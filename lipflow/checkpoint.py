@@ -21,6 +21,7 @@ import safetensors.torch
 import torch
 from pydantic import ValidationError
 
+from lipflow.addresses import local_folder
 from lipflow.config import AvatarConfig, StrictConfig
 from lipflow.errors import LipflowError
 from lipflow.model.avatar import Avatar
@@ -95,10 +96,20 @@ def save_avatar(avatar: Avatar, folder: str | Path) -> None:
 def load_avatar(folder: str | Path, device: torch.device | str = "cpu") -> Avatar:
     """Read an avatar that :func:`save_avatar` wrote, in evaluation mode.
 
+    Args:
+        folder: that it was written to, or an address such as ``models:/lipflow@champion``; :mod:`lipflow.addresses`
+            says which there are.
+        device: for its tensors.
+
     Raises:
         CheckpointError: the folder holds no avatar, one of a newer format, or damaged files.
+        LipflowError: the address cannot be fetched.
     """
-    folder = Path(folder)
+    with local_folder(folder) as found:
+        return _load_folder(found, device)
+
+
+def _load_folder(folder: Path, device: torch.device | str) -> Avatar:
     record = _read_record(folder)
     contents = {name: _read_verified(folder, name, record) for name in (WEIGHTS_FILE, CONTEXT_FILE)}
     avatar = Avatar(record.config, _unpack_context(contents[CONTEXT_FILE], record, folder))

@@ -1,51 +1,39 @@
 """The gate to production: a candidate becomes the champion only if it was measured to be better.
 
-Both must have been evaluated on the same frozen shard set; numbers from different data are never compared. Every
-decision, also a refusal, is a run of its own.
+:mod:`cluster.scores.gate` judges the scores of both versions' last evaluations, which must be of the same data. Every
+decision, also a refusal, is a run of its own with its full table. Promotions at the same time take turns
+(:mod:`cluster.records.turns`): the slow part, fetching and judging scores, is done without a turn, and if the champion
+is another one when the turn has come, the candidate is judged again, against the new one.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
-from cluster.records.registry import CHALLENGER, CHAMPION, DEFAULT_NAME, RegistryError, evaluation_metrics, find_version
-from cluster.records.tracking import SHARDS_DIGEST_TAG, TrackingConfig, open_client, tracked_run
-from lipflow.config import StrictConfig
+from cluster.records.evaluations import version_scores
+from cluster.records.registry import CHALLENGER, CHAMPION, DEFAULT_NAME, RegistryError, find_version
+from cluster.records.run import Run, store_errors
+from cluster.records.tracking import MODEL_TAG, TrackingConfig, open_client, tracked_run
+from cluster.records.turns import TurnError, turn_at
+from cluster.scores.gate import Judgement, PromotionConfig, judge
+from cluster.scores.gate_rows import GateRow
+from cluster.scores.sheet import ScoreSheet
+from lipflow.bootstrap import BootstrapInterval
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
     from mlflow.tracking import MlflowClient
 
 CHAMPIONS_TAG = "lipflow.champions"
+"""Of the registered model: all champions, a JSON list of version numbers; rolling back takes the last one off."""
+DECISION_TAG = "lipflow.decision"
+REASON_TAG = "lipflow.reason"
 DECISION_TABLE = "decision.json"
 
-
-class PromotionConfig(StrictConfig):
-    """What "better" means.
-
-    Attributes:
-        primary_metric: the one that decides.
-        higher_is_better: its direction.
-        minimum_gain: by how much the candidate must win, in the metric's unit; winning by exactly nothing never
-            suffices.
-    """
-
-    primary_metric: str
-    higher_is_better: bool
-    minimum_gain: float = 0.0
-
-
-@dataclass(frozen=True)
-class MetricComparison:
-    """One metric of both versions; None where a version lacks it."""
-
-    metric: str
-    candidate: float | None
-    champion: float | None
-    decides: bool
+_TRIES = 20
+"""Judgements of one promotion, if every time another one is quicker."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +41,14 @@ class PromotionDecision:
     """What was decided, and on what grounds.
 
     Attributes:
-        promoted: whether the candidate is the champion now because of this decision.
+        promoted: whether the candidate became the champion by this decision.
         reason: one sentence for people.
         name: the registered model.
         candidate_version: that was judged.
         champion_version: that it was compared with; None if there was none.
-        comparisons: all metrics of both.
+        gain: of the primary metric, in its unit; None if nothing was compared.
+        rows: the primary metric and all guards.
+        note: what intervals are over.
         run_id: the run that recorded the decision.
     """
 
@@ -67,7 +57,9 @@ class PromotionDecision:
     name: str
     candidate_version: str
     champion_version: str | None
-    comparisons: tuple[MetricComparison, ...]
+    gain: BootstrapInterval | None
+    rows: tuple[GateRow, ...]
+    note: str
     run_id: str
 
 
@@ -87,39 +79,46 @@ def promote(
         name: the registered model.
 
     Raises:
-        RegistryError: no such model or candidate, or the candidate was never evaluated by the criterion's metric.
+        RegistryError: no such model or candidate, or a candidate that was never evaluated.
+        ConfigError: it was not scored by the criterion's metric.
+        TurnError: other promotions did not end.
     """
     client = open_client(config)
     challenger = find_version(client, name, candidate)
-    champion = _champion(client, name)
-    _require_metric(challenger, criterion)
-    promoted, reason = _judge(challenger, champion, criterion)
-    comparisons = _compare(challenger, champion, criterion)
-    tags = {
-        "lipflow.decision": "promoted" if promoted else "refused",
-        "lipflow.reason": reason,
-        "lipflow.model": f"{name}/{challenger.version}",
-    }
-    with tracked_run(
-        "promote",
-        f"promote {name} {challenger.version}",
-        config=config,
-        recipe=criterion,
-        tags=tags,
-        shards_digest=challenger.tags.get(SHARDS_DIGEST_TAG),
-        parent_run=challenger.run_id,
-    ) as run:
-        run.log_table([asdict(comparison) for comparison in comparisons], DECISION_TABLE)
-        if promoted:
-            _crown(client, name, str(challenger.version), champion)
+    version = str(challenger.version)
+    scores = version_scores(client, challenger, f"version {version}")
+    # What cannot be judged is an error and no decision.
+    judge(scores, None, criterion)
+    with (
+        tracked_run(
+            "promote",
+            f"promote {name} {version}",
+            config=config,
+            recipe=criterion,
+            tags={MODEL_TAG: f"{name}/{version}"},
+            shards_digest=scores.shards_digest,
+            parent_run=challenger.run_id,
+        ) as run,
+        store_errors(client.tracking_uri),
+    ):
+        for _ in range(_TRIES):
+            champion = _champion(client, name)
+            judgement = _judge(client, challenger, champion, scores, criterion)
+            decided = _carried_out(client, run, name, version, champion, judgement)
+            if decided is not None:
+                break
+        else:
+            raise TurnError(f"the champion of {name!r} changed {_TRIES} times while version {version} was judged")
     return PromotionDecision(
-        promoted,
-        reason,
-        name,
-        str(challenger.version),
-        None if champion is None else str(champion.version),
-        comparisons,
-        run.run_id,
+        promoted=decided.passed,
+        reason=decided.reason,
+        name=name,
+        candidate_version=version,
+        champion_version=champion,
+        gain=decided.gain,
+        rows=decided.rows,
+        note=decided.note,
+        run_id=run.run_id,
     )
 
 
@@ -128,88 +127,95 @@ def rollback(config: TrackingConfig, *, name: str = DEFAULT_NAME) -> tuple[str, 
 
     Raises:
         RegistryError: there is no champion, or none before it that still exists.
+        TurnError: promotions did not end.
     """
     client = open_client(config)
-    current = str(find_version(client, name, CHAMPION).version)
-    history = _champions(client, name)
-    earlier = _until(history, current)[:-1] if current in history else history
-    existing = {str(found.version) for found in client.search_model_versions(f"name = '{name}'")}
-    earlier = [version for version in earlier if version in existing and version != current]
-    if not earlier:
-        raise RegistryError(
-            f"champion {current} of model {name!r} has no earlier champion to go back to: "
-            "promote another version instead"
-        )
-    with tracked_run(
-        "promote",
-        f"roll back {name} {current} to {earlier[-1]}",
-        config=config,
-        tags={"lipflow.decision": "rolled back", "lipflow.model": f"{name}/{earlier[-1]}"},
-    ):
-        client.set_registered_model_alias(name, CHAMPION, earlier[-1])
-        client.set_registered_model_tag(name, CHAMPIONS_TAG, json.dumps(earlier))
+    find_version(client, name, CHAMPION)
+    with store_errors(client.tracking_uri), turn_at(client, name) as turn:
+        current = str(find_version(client, name, CHAMPION).version)
+        history = _champions(client, name)
+        earlier = _until(history, current)[:-1] if current in history else history
+        existing = {str(found.version) for found in client.search_model_versions(f"name = '{name}'")}
+        earlier = [version for version in earlier if version in existing and version != current]
+        if not earlier:
+            raise RegistryError(
+                f"champion {current} of model {name!r} has no earlier champion to go back to: "
+                "promote another version instead"
+            )
+        with tracked_run(
+            "promote",
+            f"roll back {name} {current} to {earlier[-1]}",
+            config=config,
+            tags={DECISION_TAG: "rolled back", MODEL_TAG: f"{name}/{earlier[-1]}"},
+        ):
+            turn.require()
+            client.set_registered_model_alias(name, CHAMPION, earlier[-1])
+            client.set_registered_model_tag(name, CHAMPIONS_TAG, json.dumps(earlier))
     return current, earlier[-1]
 
 
-def _judge(challenger: ModelVersion, champion: ModelVersion | None, criterion: PromotionConfig) -> tuple[bool, str]:
-    metric = criterion.primary_metric
-    value = evaluation_metrics(challenger)[metric]
-    if not math.isfinite(value):
-        return False, f"{metric} of version {challenger.version} is {value}, which is no measurement"
+def _judge(
+    client: MlflowClient, challenger: ModelVersion, champion: str | None, scores: ScoreSheet, criterion: PromotionConfig
+) -> Judgement:
     if champion is None:
-        return True, f"there was no champion; {metric} is {value:.6g}"
-    if str(champion.version) == str(challenger.version):
-        return False, f"version {champion.version} is the champion already"
-    digests = [version.tags.get(SHARDS_DIGEST_TAG) for version in (challenger, champion)]
-    if digests[0] is None or digests[0] != digests[1]:
-        return False, (
-            f"version {challenger.version} was evaluated on the shard set {_short(digests[0])} and champion "
-            f"{champion.version} on {_short(digests[1])}: evaluate both on the same one"
-        )
-    held = evaluation_metrics(champion).get(metric)
-    if held is None:
-        return False, f"champion {champion.version} was not evaluated by {metric}: evaluate it first"
-    gain = value - held if criterion.higher_is_better else held - value
-    verdict = f"{metric} {value:.6g} against {held:.6g} of champion {champion.version}"
-    if math.isfinite(held) and not (gain > 0 and gain >= criterion.minimum_gain):
-        needed = f" by at least {criterion.minimum_gain:g}" if criterion.minimum_gain else ""
-        return False, f"not better{needed}: {verdict}"
-    return True, f"better: {verdict}"
+        return judge(scores, None, criterion)
+    if champion == str(challenger.version):
+        found = judge(scores, None, criterion)
+        return replace(found, passed=False, reason=f"version {champion} is the champion already")
+    try:
+        held = version_scores(client, find_version(client, challenger.name, champion), f"champion {champion}")
+    except RegistryError as error:
+        found = judge(scores, None, criterion)
+        return replace(found, passed=False, reason=f"champion {champion} cannot be compared with: {error}")
+    return judge(scores, held, criterion)
 
 
-def _compare(
-    challenger: ModelVersion, champion: ModelVersion | None, criterion: PromotionConfig
-) -> tuple[MetricComparison, ...]:
-    ours = evaluation_metrics(challenger)
-    theirs = {} if champion is None else evaluation_metrics(champion)
-    return tuple(
-        MetricComparison(name, ours.get(name), theirs.get(name), decides=name == criterion.primary_metric)
-        for name in sorted(ours.keys() | theirs.keys())
-    )
+def _carried_out(
+    client: MlflowClient, run: Run, name: str, version: str, champion: str | None, judgement: Judgement
+) -> Judgement | None:
+    """Record what was judged, and crown a candidate that passed; None if it has to be judged again."""
+    if not judgement.passed:
+        _record(run, judgement)
+        run.set_tags({DECISION_TAG: "refused"})
+        return judgement
+    with turn_at(client, name) as turn:
+        if _champion(client, name) != champion:
+            return None
+        _record(run, judgement)
+        turn.require()
+        _crown(client, name, version, champion)
+        holder = _champion(client, name)
+        if holder != version:
+            # Somebody who takes no turns: by hand, or after a stall longer than a turn.
+            reason = f"the champion changed to version {holder} while version {version} was promoted: run it again"
+            judgement = replace(judgement, passed=False, reason=reason)
+            run.set_tags({REASON_TAG: reason})
+    run.set_tags({DECISION_TAG: "promoted" if judgement.passed else "refused"})
+    return judgement
 
 
-def _require_metric(version: ModelVersion, criterion: PromotionConfig) -> None:
-    metrics = evaluation_metrics(version)
-    if criterion.primary_metric not in metrics:
-        raise RegistryError(
-            f"version {version.version} of model {version.name!r} has no metric {criterion.primary_metric!r}, "
-            f"it has {sorted(metrics)}: evaluate it first, or choose one of those as primary_metric"
-        )
+def _record(run: Run, judgement: Judgement) -> None:
+    run.log_table([asdict(row) for row in judgement.rows], DECISION_TABLE)
+    run.set_tags({REASON_TAG: judgement.reason})
+    if judgement.gain is not None:
+        gain = judgement.gain
+        run.log_metrics({"gain/mean": gain.mean, "gain/low": gain.low, "gain/high": gain.high})
 
 
-def _crown(client: MlflowClient, name: str, version: str, champion: ModelVersion | None) -> None:
-    """The history is written before the alias moves: a crash in between leaves a valid champion."""
+def _crown(client: MlflowClient, name: str, version: str, champion: str | None) -> None:
+    """The alias moves before the history is written: a crash in between leaves a champion that the next one appends."""
     history = _champions(client, name)
-    if champion is not None:
-        current = str(champion.version)
-        # Also for a champion that somebody set by hand.
-        history = _until(history, current) if current in history else [*history, current]
-    client.set_registered_model_tag(name, CHAMPIONS_TAG, json.dumps([*history, version]))
     client.set_registered_model_alias(name, CHAMPION, version)
+    if champion is not None and history[-1:] != [champion]:
+        # Set by hand, or left by a crash.
+        history.append(champion)
+    client.set_registered_model_tag(name, CHAMPIONS_TAG, json.dumps([*history, version]))
 
 
-def _champion(client: MlflowClient, name: str) -> ModelVersion | None:
-    return find_version(client, name, CHAMPION) if CHAMPION in client.get_registered_model(name).aliases else None
+def _champion(client: MlflowClient, name: str) -> str | None:
+    """The champion's version number."""
+    aliases = client.get_registered_model(name).aliases
+    return str(aliases[CHAMPION]) if CHAMPION in aliases else None
 
 
 def _champions(client: MlflowClient, name: str) -> list[str]:
@@ -221,5 +227,4 @@ def _until(history: list[str], version: str) -> list[str]:
     return history[: len(history) - history[::-1].index(version)]
 
 
-def _short(digest: str | None) -> str:
-    return "none" if digest is None else digest[:12]
+__all__ = ["CHAMPIONS_TAG", "DECISION_TABLE", "PromotionConfig", "PromotionDecision", "promote", "rollback"]

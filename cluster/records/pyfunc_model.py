@@ -17,8 +17,20 @@ avatar can be driven by are asked for.
 ``frontal_cam_from_head``    (B, 3, 4) float32      the frontal camera, for keypoints; millimetres
 ===========================  =====================  ==========================================================
 
-The signals that a frame shows are fused. Output: ``vertices (B, V, 3)`` float32 mm, ``textures (B, 3, T, T)`` uint8
-(row 0 is v = 0, before any camera's colour correction), ``latent_mean`` and ``latent_std (B, D)`` of P(y | h).
+The signals that a frame shows are fused. Output:
+
+===========================  =====================  ==========================================================
+``vertices``                 (B, V, 3) float32      mm, head frame
+``textures``                 (B, 3, T, T) uint8     row 0 is v = 0, before any camera's colour correction
+``latent_mean``              (B, D) float32         of P(y | h)
+``latent_std``               (B, D) float32         of P(y | h)
+``vertex_std_mm``            (B, V) float32         how far the signals leave each vertex open: the RMS distance from
+                                                    its mean over samples of P(y | h)
+===========================  =====================  ==========================================================
+
+``params``: ``uncertainty_samples``, 16 unless given, at least 2; 0 saves the time and leaves ``vertex_std_mm`` NaN.
+``uncertainty_seed``, 0 unless given: all frames see the same draws, so that a frame's answer depends on no other frame
+and moves smoothly in time. The spread is the prior's own claim; what an evaluation measured tells how far to trust it.
 """
 
 from __future__ import annotations
@@ -31,8 +43,11 @@ import numpy as np
 import torch
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
+from lipflow import sampling
 from lipflow.checkpoint import load_avatar
 from lipflow.errors import LipflowError
+from lipflow.model.avatar import Avatar
+from lipflow.model.gaussian import DiagonalGaussian
 from lipflow.types import CameraTensors, DrivingSignals
 
 SIGNAL_INPUTS = {
@@ -40,6 +55,9 @@ SIGNAL_INPUTS = {
     "frontal": ("frontal_images", "frontal_present"),
     "keypoints": ("keypoints", "frontal_intrinsics", "frontal_cam_from_head"),
 }
+
+PARAMS = {"uncertainty_samples": 16, "uncertainty_seed": 0}
+"""What a caller may set, and what holds otherwise."""
 
 
 def input_arrays(driving: DrivingSignals, view_vectors: torch.Tensor, signals: Sequence[str]) -> dict[str, np.ndarray]:
@@ -91,6 +109,28 @@ def driving_signals(arrays: Mapping[str, np.ndarray], signals: Sequence[str], de
     )
 
 
+def vertex_std_mm(avatar: Avatar, prior: DiagonalGaussian, samples: int, seed: int) -> torch.Tensor:
+    """``(B, V)`` RMS distance of each vertex from its mean over samples of the prior of B frames, mm.
+
+    Args:
+        avatar: decodes the samples.
+        prior: P(y | h).
+        samples: at least 2; 0 for NaN instead.
+        seed: of the draws, which all frames share.
+
+    Raises:
+        LipflowError: a number of samples that has no spread.
+    """
+    frames, size = prior.mean.shape
+    if samples == 0:
+        return torch.full((frames, avatar.context.topology.num_vertices), torch.nan)
+    if samples < 2:
+        raise LipflowError(f"uncertainty_samples is {samples}, which has no spread: give 2 or more, or 0 for none")
+    noise = torch.randn(samples, 1, size, generator=torch.Generator().manual_seed(seed)).to(prior.mean)
+    drawn = [avatar.latent_from_driven(y, prior) for y in prior.mean + prior.log_std.exp() * noise]
+    return sampling.vertex_std_mm(sampling.decode_meshes(avatar, torch.stack(drawn))).float()
+
+
 class DrivenAvatar(PythonModel):
     """Decodes the face at f^-1(mean) of the fused P(y | h); no fit is run."""
 
@@ -110,14 +150,19 @@ class DrivenAvatar(PythonModel):
         driving = driving_signals(arrays, signals, self.device)
         view_vectors = torch.from_numpy(np.array(arrays["view_vectors"], dtype=np.float32)).to(self.device)
         view_vectors = torch.nn.functional.normalize(view_vectors, dim=-1)
+        chosen = PARAMS | (params or {})
         with torch.inference_mode():
             prior = self.avatar.fused_prior(signals, driving)
             decoded = self.avatar.decode(self.avatar.start_from(signals, driving), view_vectors[:, None])
+            spread_mm = vertex_std_mm(
+                self.avatar, prior, int(chosen["uncertainty_samples"]), int(chosen["uncertainty_seed"])
+            )
         return {
             "vertices": decoded.vertices.cpu().numpy(),
             "textures": decoded.textures[:, 0].round().clamp(0, 255).to(torch.uint8).cpu().numpy(),
             "latent_mean": prior.mean.cpu().numpy(),
             "latent_std": prior.log_std.exp().cpu().numpy(),
+            "vertex_std_mm": spread_mm.cpu().numpy(),
         }
 
 

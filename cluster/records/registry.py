@@ -1,8 +1,7 @@
 """The model registry: avatars go in as MLflow model versions, and come out as folders.
 
-A version holds the avatar's safetensors and JSON, the source of ``lipflow``, a signature and an input example, and
-nothing pickled. Its tags tell what it was evaluated on and how well it did, which is all that
-:mod:`cluster.records.promotion` looks at.
+A version holds the avatar's safetensors and JSON, the source of ``lipflow``, a signature, an input example and its
+model card, and nothing pickled. What it was measured to do is kept by :mod:`cluster.records.evaluations`.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 import lipflow
+from cluster.records.card import CARD_FILE, MODEL_FOLDER, TrainingData, model_card, shortened
 from cluster.records.redaction import redact_text
 from cluster.records.run import Run
 from cluster.records.tracking import SHARDS_DIGEST_TAG, TrackingConfig, open_client
@@ -33,10 +33,7 @@ if TYPE_CHECKING:
 DEFAULT_NAME = "lipflow"
 CHALLENGER = "challenger"
 CHAMPION = "champion"
-METRIC_TAG_PREFIX = "lipflow.metric."
-EVALUATION_RUN_TAG = "lipflow.evaluation_run"
 
-_ARTIFACT_FOLDER = "avatar"
 _MLFLOW_FILE = "MLmodel"
 # What lipflow/ imports, and what loads the model.
 _REQUIREMENTS = ("mlflow", "torch", "numpy", "numba", "zuko", "safetensors", "pydantic")
@@ -66,7 +63,7 @@ def register_avatar(
     *,
     example: DrivingSignals,
     shards_digest: str,
-    metrics: Mapping[str, float] | None = None,
+    data: TrainingData | None = None,
     name: str = DEFAULT_NAME,
     tags: Mapping[str, str] | None = None,
 ) -> AvatarVersion:
@@ -77,8 +74,8 @@ def register_avatar(
         run: the run that made it.
         example: driving signals of at least one frame, with all signals of the avatar; the first frame becomes the
             model's input example.
-        shards_digest: of the shard set that ``metrics`` were measured on.
-        metrics: evaluation results; may also come later, by :func:`record_evaluation`.
+        shards_digest: of the shard set that it was trained on.
+        data: of that shard set, for the model card.
         name: of the registered model.
         tags: further tags of the version.
 
@@ -101,11 +98,12 @@ def register_avatar(
         )
     view_vector = torch.tensor([[0.0, 0.0, 1.0]])
     arrays = {key: array[:1] for key, array in pyfunc_model.input_arrays(example, view_vector, avatar.signals).items()}
-    with tempfile.TemporaryDirectory() as folder, _registry_errors(name):
-        packaged = Path(folder) / _ARTIFACT_FOLDER
+    card = model_card(name, avatar.config, avatar.signals, shards_digest, data)
+    with tempfile.TemporaryDirectory() as folder, registry_errors(name):
+        packaged = Path(folder) / MODEL_FOLDER
         mlflow.pyfunc.save_model(
             packaged,
-            mlflow_model=Model(artifact_path=_ARTIFACT_FOLDER, run_id=run.run_id),
+            mlflow_model=Model(artifact_path=MODEL_FOLDER, run_id=run.run_id),
             python_model=pyfunc_model.__file__,
             artifacts={"avatar": str(Path(model_dir).absolute())},
             code_paths=[str(Path(lipflow.__file__).parent)],
@@ -114,38 +112,20 @@ def register_avatar(
             pip_requirements=[f"{package}=={_public_version(package)}" for package in _REQUIREMENTS],
             metadata={"signals": list(avatar.signals), "method": avatar.config.method},
         )
-        run.log_artifacts(packaged, _ARTIFACT_FOLDER)
+        (packaged / CARD_FILE).write_text(card)
+        run.log_artifacts(packaged, MODEL_FOLDER)
     client = run.client
-    with _registry_errors(name):
+    with registry_errors(name):
         try:
             client.create_registered_model(name, description="Driven face avatars made by LiP-Flow.")
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        source_uri = f"{client.get_run(run.run_id).info.artifact_uri}/{_ARTIFACT_FOLDER}"
-        created = client.create_model_version(name, source_uri, run.run_id, tags=dict(tags or {}))
-        _tag_evaluation(client, created, metrics or {}, shards_digest, run.run_id)
+        source_uri = f"{client.get_run(run.run_id).info.artifact_uri}/{MODEL_FOLDER}"
+        all_tags = {**(tags or {}), SHARDS_DIGEST_TAG: shards_digest}
+        created = client.create_model_version(name, source_uri, run.run_id, all_tags, description=shortened(card))
         client.set_registered_model_alias(name, CHALLENGER, created.version)
     return AvatarVersion(name, str(created.version), run.run_id)
-
-
-def record_evaluation(model: AvatarVersion, run: Run, *, metrics: Mapping[str, float], shards_digest: str) -> None:
-    """Tag a version with the metrics that the evaluation ``run`` measured on the shard set ``shards_digest``."""
-    with _registry_errors(model.name):
-        version = run.client.get_model_version(model.name, model.version)
-        stale = [key for key in version.tags if key.startswith(METRIC_TAG_PREFIX)]
-        for key in stale:
-            run.client.delete_model_version_tag(model.name, model.version, key)
-        _tag_evaluation(run.client, version, metrics, shards_digest, run.run_id)
-
-
-def evaluation_metrics(version: ModelVersion) -> dict[str, float]:
-    """The metrics that a version was tagged with."""
-    return {
-        key.removeprefix(METRIC_TAG_PREFIX): float(value)
-        for key, value in version.tags.items()
-        if key.startswith(METRIC_TAG_PREFIX)
-    }
 
 
 def find_version(client: MlflowClient, name: str, version_or_alias: str) -> ModelVersion:
@@ -189,6 +169,11 @@ def parse_model_uri(model: str) -> tuple[str, str]:
     return name, which
 
 
+def run_of(model: str) -> str:
+    """The run's id in ``runs:/RUN_ID[/PATH]``."""
+    return model.removeprefix("runs:/").strip("/").partition("/")[0]
+
+
 def registered_version(model: str, config: TrackingConfig) -> AvatarVersion:
     """The version that a ``models:/`` URI names now.
 
@@ -223,7 +208,7 @@ def download_model(model: str, local_dir: str | Path, config: TrackingConfig | N
     if model.startswith("runs:/"):
         client = open_client(config or TrackingConfig())
         run_id, _, path = model.removeprefix("runs:/").strip("/").partition("/")
-        uri = f"runs:/{run_id}/{path or _ARTIFACT_FOLDER}"
+        uri = f"runs:/{run_id}/{path or MODEL_FOLDER}"
         return _avatar_folder(_download_artifacts(client, uri, local_dir, model), model)
     if storage.is_local(model):
         folder = storage.local_path(model)
@@ -232,7 +217,7 @@ def download_model(model: str, local_dir: str | Path, config: TrackingConfig | N
         return _avatar_folder(folder, model)
     if not storage.listdir(model):
         raise RegistryError(f"nothing is stored under {model}: give the OUT of a training, or models:/NAME@ALIAS")
-    inside = storage.join(model, _ARTIFACT_FOLDER)
+    inside = storage.join(model, MODEL_FOLDER)
     # The rest of a training's OUT is checkpoints, which nobody wants to wait for.
     storage.download_dir(inside if storage.exists(storage.join(inside, RECORD_FILE)) else model, local_dir)
     return _avatar_folder(local_dir, model)
@@ -256,7 +241,7 @@ def _download_artifacts(client: MlflowClient, uri: str, local_dir: Path, model: 
 def _avatar_folder(folder: Path, model: str) -> Path:
     """The avatar inside a packaged MLflow model or a training's OUT, or the folder itself if it is neither."""
     if not (folder / _MLFLOW_FILE).is_file():
-        inside = folder / _ARTIFACT_FOLDER
+        inside = folder / MODEL_FOLDER
         return inside if (inside / RECORD_FILE).is_file() and not (folder / RECORD_FILE).is_file() else folder
     from mlflow.models import Model
 
@@ -270,10 +255,12 @@ def _avatar_folder(folder: Path, model: str) -> Path:
 
 
 def _signature(arrays, avatar):
-    """Named tensors with a free first axis; outputs as ``cluster.records.pyfunc_model`` states them."""
+    """Named tensors with a free first axis; outputs and params as ``cluster.records.pyfunc_model`` states them."""
     import numpy as np
     from mlflow.models import ModelSignature
-    from mlflow.types.schema import Schema, TensorSpec
+    from mlflow.types.schema import DataType, ParamSchema, ParamSpec, Schema, TensorSpec
+
+    from cluster.records.pyfunc_model import PARAMS
 
     num_vertices, size = avatar.context.topology.num_vertices, avatar.config.texture_size
     latent = (-1, avatar.config.latent_size)
@@ -285,8 +272,10 @@ def _signature(arrays, avatar):
                 TensorSpec(np.dtype(np.uint8), (-1, 3, size, size), "textures"),
                 TensorSpec(np.dtype(np.float32), latent, "latent_mean"),
                 TensorSpec(np.dtype(np.float32), latent, "latent_std"),
+                TensorSpec(np.dtype(np.float32), (-1, num_vertices), "vertex_std_mm"),
             ]
         ),
+        params=ParamSchema([ParamSpec(name, DataType.long, default) for name, default in PARAMS.items()]),
     )
 
 
@@ -295,19 +284,9 @@ def _public_version(package: str) -> str:
     return metadata.version(package).partition("+")[0]
 
 
-def _tag_evaluation(
-    client: MlflowClient, version: ModelVersion, metrics: Mapping[str, float], shards_digest: str, run_id: str
-) -> None:
-    tags = {SHARDS_DIGEST_TAG: shards_digest}
-    if metrics:
-        tags[EVALUATION_RUN_TAG] = run_id
-    tags |= {f"{METRIC_TAG_PREFIX}{name}": repr(float(value)) for name, value in metrics.items()}
-    for key, value in tags.items():
-        client.set_model_version_tag(version.name, version.version, key, value)
-
-
 @contextmanager
-def _registry_errors(name: str) -> Iterator[None]:
+def registry_errors(name: str) -> Iterator[None]:
+    """What MLflow raises, as a one-line :class:`RegistryError` about the model ``name``."""
     from mlflow.exceptions import MlflowException
 
     try:

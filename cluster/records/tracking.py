@@ -44,6 +44,7 @@ RunKind = Literal["shard", "train", "tune", "evaluate", "fit", "sample", "promot
 KIND_TAG = "lipflow.kind"
 SHARDS_DIGEST_TAG = "lipflow.shards_digest"
 PARENT_RUN_TAG = "lipflow.parent_run"
+MODEL_TAG = "lipflow.model"
 CODE_VERSION_TAG = "lipflow.code_version"
 ERROR_TAG = "lipflow.error"
 RECIPE_FILE = "recipe.json"
@@ -357,6 +358,7 @@ def _prepare_mlflow() -> None:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
 

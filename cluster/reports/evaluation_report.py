@@ -54,10 +54,11 @@ class Comparison:
         )
         return "\n".join([*(as_markdown(table) for table in self.tables), origin]) + "\n"
 
-    def text(self, report: str) -> str:
-        """For a terminal: the tables with the errors of whole heads, and where the page lies."""
+    def text(self, report: str | None) -> str:
+        """For a terminal: the tables with the errors of whole heads, and where the page lies, if there is one."""
         shown = [table for table in self.tables if not table.name.endswith("regions")]
-        return "\n".join([*(as_markdown(table) for table in shown), f"report: {report}"])
+        place = [] if report is None else [f"report: {report}"]
+        return "\n".join([*(as_markdown(table) for table in shown), *place])
 
 
 def compared(

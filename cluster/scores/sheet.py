@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from lipflow.errors import ConfigError
@@ -119,20 +119,34 @@ def read_scores(uri: str, name: str | None = None) -> ScoreSheet:
         ConfigError: it is no such document.
     """
     path = uri if uri.endswith(".json") else storage.join(storage.normalize_uri(uri), SCORES_FILE)
+    return parse_scores(storage.read_text(path), path, name)
+
+
+def parse_scores(text: str, place: str, name: str | None = None) -> ScoreSheet:
+    """The sheet that :meth:`ScoreSheet.to_json` wrote as ``text``.
+
+    Args:
+        text: the document.
+        place: where it was found, for errors.
+        name: instead of the sheet's own.
+
+    Raises:
+        ConfigError: it is no such document.
+    """
     try:
-        document = json.loads(storage.read_text(path))
+        document = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}: not valid JSON: {error}") from error
+        raise ConfigError(f"{place}: not valid JSON: {error}") from error
     if not isinstance(document, dict) or document.get("format") != SCORES_FORMAT:
-        raise ConfigError(f"{path}: expected scores of format {SCORES_FORMAT}: evaluate the avatar again")
+        raise ConfigError(f"{place}: expected scores of format {SCORES_FORMAT}: evaluate the avatar again")
     try:
         values = {item.name: document[item.name] for item in fields(ScoreSheet)}
         scores = tuple(FrameScore(**row) for row in values.pop("scores"))
         lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
         sheet = ScoreSheet(**(values | lists), scores=scores)
     except (KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: a field is missing or unknown ({error}): evaluate the avatar again") from error
-    return sheet if name is None else ScoreSheet(**{**vars(sheet), "name": name})
+        raise ConfigError(f"{place}: a field is missing or unknown ({error}): evaluate the avatar again") from error
+    return sheet if name is None else replace(sheet, name=name)
 
 
 _ALIKE = {
@@ -174,6 +188,7 @@ __all__ = [
     "SCORES_FILE",
     "FrameScore",
     "ScoreSheet",
+    "parse_scores",
     "read_scores",
     "require_comparable",
 ]

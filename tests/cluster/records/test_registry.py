@@ -1,4 +1,4 @@
-"""Avatars come back from the registry as they went in, and only better ones become champion."""
+"""Avatars come back from the registry as they went in."""
 
 from __future__ import annotations
 
@@ -7,30 +7,34 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from cluster.records.promotion import PromotionConfig, promote, rollback
+import lipflow
+from cluster.records.card import TrainingData
+from cluster.records.evaluations import record_evaluation
 from cluster.records.pyfunc_model import driving_signals, input_arrays
 from cluster.records.registry import (
-    CHALLENGER,
     AvatarVersion,
     RegistryError,
     download_model,
-    evaluation_metrics,
     find_version,
-    record_evaluation,
     register_avatar,
     registered_version,
 )
-from cluster.records.tracking import KIND_TAG, PARENT_RUN_TAG, TrackingConfig, load_table, open_client, tracked_run
+from cluster.records.tracking import TrackingConfig, open_client, tracked_run
+from lipflow.addresses import FETCHERS
 from lipflow.checkpoint import load_avatar, save_avatar
 from lipflow.config import AvatarConfig
 from lipflow.errors import LipflowError
 from lipflow.model.avatar import Avatar
 from lipflow.model.context import AvatarContext
+from lipflow.sampling import decode_meshes, draw_driven_latents, vertex_std_mm
 from lipflow.types import Camera, CameraTensors, DrivingSignals, Normalization, Topology
 from pipeline import storage
 
@@ -40,7 +44,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:For backward compatibility, 'str' dtypes"),
 ]
 
-PSNR = PromotionConfig(primary_metric="psnr_db", higher_is_better=True)
 FRAMES = 3
 
 
@@ -95,48 +98,37 @@ def config(tracking_config) -> TrackingConfig:
 @pytest.fixture(scope="module")
 def registered(config, model_dir) -> AvatarVersion:
     with tracked_run("train", "train", config=config) as run:
-        return register_avatar(
-            model_dir, run, example=make_driving(), shards_digest="d1", metrics={"psnr_db": 30.0}, name="packaged"
-        )
+        return register_avatar(model_dir, run, example=make_driving(), shards_digest="d1", name="packaged")
 
 
-def add_version(config: TrackingConfig, name: str, digest: str = "d1", **metrics: float) -> str:
-    """A version with nothing but its evaluation, which is all that the gate reads."""
-    with tracked_run("train", "train", config=config) as run:
-        if not [model for model in run.client.search_registered_models() if model.name == name]:
-            run.client.create_registered_model(name)
-        created = run.client.create_model_version(name, "file:///nowhere", run.run_id)
-        version = AvatarVersion(name, str(created.version), run.run_id)
-        run.client.set_registered_model_alias(name, CHALLENGER, version.version)
-        record_evaluation(version, run, metrics=metrics, shards_digest=digest)
-    return version.version
-
-
-def champion(config: TrackingConfig, name: str) -> str:
-    return str(find_version(open_client(config), name, "champion").version)
-
-
-def test_registered_version_has_alias_digest_and_metrics(config, registered):
+def test_registered_version_has_alias_and_digest(config, registered):
     assert registered_version("models:/packaged@challenger", config) == registered
     found = find_version(open_client(config), "packaged", "challenger")
     assert str(found.version) == registered.version
     assert found.run_id == registered.run_id
     assert found.tags["lipflow.shards_digest"] == "d1"
-    assert evaluation_metrics(found) == {"psnr_db": 30.0}
 
 
-def test_registered_model_predicts_in_a_fresh_process_without_unpickling(config, registered, model_dir, tmp_path):
+def test_champion_predicts_in_a_fresh_process_of_mlflow_and_lipflow_without_unpickling(
+    config, registered, model_dir, tmp_path
+):
+    open_client(config).set_registered_model_alias("packaged", "champion", registered.version)
     driving, views = make_driving(), torch.tensor([[0.0, 0.6, 0.8]]).expand(FRAMES, 3)
     avatar = make_avatar()
     np.savez(tmp_path / "in.npz", **input_arrays(driving, views, avatar.signals))
     script = (
         "import sys, mlflow, numpy as np\n"
-        "model = mlflow.pyfunc.load_model('models:/packaged@challenger')\n"
+        "absent = ('cluster', 'pipeline', 'ray', 'webdataset', 's3fs', 'optuna', 'typer')\n"
+        "sys.modules |= dict.fromkeys(absent)\n"
+        "model = mlflow.pyfunc.load_model('models:/packaged@champion')\n"
         "import lipflow; print(lipflow.__file__)\n"
         "out = model.predict(dict(np.load('in.npz')))\n"
-        "np.savez('out.npz', **out)\n"
-        "model.predict(model.input_example)\n"
-        "assert not {'cluster', 'pipeline', 'ray'} & set(sys.modules)\n"
+        "alone = model.predict({name: array[1:2] for name, array in np.load('in.npz').items()})\n"
+        "more = model.predict(dict(np.load('in.npz')), params={'uncertainty_samples': 500, 'uncertainty_seed': 1})\n"
+        "none = model.predict(model.input_example, params={'uncertainty_samples': 0})\n"
+        "spreads = {name: item['vertex_std_mm'] for name, item in dict(alone=alone, more=more, none=none).items()}\n"
+        "np.savez('out.npz', **spreads, **out)\n"
+        "assert not any(sys.modules[name] for name in absent)\n"
     )
     env = os.environ | {
         "MLFLOW_TRACKING_URI": config.uri,
@@ -153,6 +145,15 @@ def test_registered_model_predicts_in_a_fresh_process_without_unpickling(config,
     np.testing.assert_allclose(out["vertices"], decoded.vertices, atol=1e-4)
     np.testing.assert_allclose(out["latent_mean"], prior.mean, atol=1e-5)
     np.testing.assert_allclose(out["latent_std"], prior.log_std.exp(), atol=1e-5)
+    # Of 500 samples of P(y | h), and of as many others: each has an error of about 1 / sqrt(2 * 500) = 3 %.
+    samples = draw_driven_latents(avatar, avatar.signals, driving, 500, torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        expected = vertex_std_mm(decode_meshes(avatar, samples)).numpy()
+    np.testing.assert_allclose(out["more"], expected, rtol=0.15)  # measured 0.061
+    np.testing.assert_allclose(out["vertex_std_mm"], expected, rtol=0.7)  # measured 0.27
+    np.testing.assert_allclose(out["alone"], out["vertex_std_mm"][1:2], rtol=1e-3)
+    assert np.isnan(out["none"]).all()
+    assert out["vertex_std_mm"].dtype == np.float32
     assert out["textures"].shape == (FRAMES, 3, 32, 32)
     assert np.abs(out["textures"] - decoded.textures[:, 0].clamp(0, 255).numpy()).max() <= 0.51
 
@@ -181,6 +182,77 @@ def test_every_way_to_name_a_model_gives_the_same_avatar(config, registered, mod
     ours, theirs = make_avatar().state_dict(), avatar.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.fixture
+def declared_fetchers(monkeypatch, tmp_path) -> list[EntryPoint]:
+    """Those of pyproject.toml, as an installation has them."""
+    with (Path(__file__).parents[3] / "pyproject.toml").open("rb") as file:
+        declared = tomllib.load(file)["project"]["entry-points"]
+    folder = tmp_path / "site" / "lipflow-0.1.0.dist-info"
+    folder.mkdir(parents=True)
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: lipflow\nVersion: 0.1.0\n")
+    lines = [f"[{FETCHERS}]", *(f"{name} = {value}" for name, value in declared[FETCHERS].items())]
+    (folder / "entry_points.txt").write_text("\n".join(lines))
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    return [EntryPoint(name, value, FETCHERS) for name, value in declared[FETCHERS].items()]
+
+
+def test_lipflow_loads_avatars_by_every_address_that_the_package_declares(
+    config, registered, model_dir, declared_fetchers, monkeypatch
+):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", config.uri)
+    ours = make_avatar().state_dict()
+    for address in (
+        "models:/packaged@challenger",
+        registered.uri,
+        f"runs:/{registered.run_id}",
+        model_dir.as_uri(),
+        model_dir,
+    ):
+        theirs = lipflow.load_avatar(address).state_dict()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours), address
+    assert {entry.name for entry in declared_fetchers} == {"models", "runs", "s3", "file"}
+    assert {entry.load() for entry in declared_fetchers} == {download_model}
+    with pytest.raises(LipflowError, match="nothing that is installed fetches avatars from gs:/"):
+        lipflow.load_avatar("gs://bucket/avatar")
+
+
+def test_the_card_says_what_was_trained_on_what_and_holds_no_secret(config, model_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "very-secret-key")
+    data = TrainingData(
+        uri="s3://user:hunter22@bucket/very-secret-key/shards",
+        digest="d" * 64,
+        captures=("s3://domes/m--20180227", "s3://domes/m--20180510"),
+        splits={"train": (30, 900), "val": (2, 60), "test": (8, 240)},
+        train_cameras=36,
+        held_out_cameras=2,
+    )
+    with tracked_run("train", "train", config=config) as run:
+        version = register_avatar(
+            model_dir, run, example=make_driving(), shards_digest=data.digest, data=data, name="carded"
+        )
+        record_evaluation(version, run, metrics={"fitted.psnr_db": 33.25}, shards_digest="e" * 64)
+    client = open_client(config)
+    written = client.download_artifacts(run.run_id, "avatar/README.md", str(tmp_path))
+    described = client.get_model_version("carded", version.version).description
+    for card in (Path(written).read_text(), described):
+        for words in (
+            "Method `lipflow`, driven by hmc, frontal, keypoints",
+            "d" * 64,
+            "s3://domes/m--20180227, s3://domes/m--20180510",
+            "train 900 of 30 segments, val 60 of 2 segments, test 240 of 8 segments",
+            "36 for training, 2 held out",
+            '"texture_size": 32',
+            "## Deviations",
+            "## Licence",
+            "| fitted.psnr_db | 33.25 |",
+            "e" * 64,
+        ):
+            assert words in card
+        assert "secret-key" not in card
+        assert "hunter22" not in card
+        assert "Not evaluated yet" not in card
 
 
 def test_the_out_of_a_training_stands_for_its_avatar(model_dir, tmp_path, s3_server):
@@ -236,63 +308,6 @@ def test_pyfunc_input_round_trips_and_refuses_what_does_not_fit():
         input_arrays(DrivingSignals(), views, ("hmc",))
 
 
-def test_first_candidate_is_promoted_and_better_ones_follow_and_can_be_rolled_back(config):
-    first = add_version(config, "gate", psnr_db=30.0, rmse_mm=1.0)
-    decision = promote(config, PSNR, name="gate")
-    assert decision.promoted
-    assert decision.champion_version is None
-
-    second = add_version(config, "gate", psnr_db=30.5, rmse_mm=1.1)
-    decision = promote(config, PSNR, name="gate")
-    assert decision.promoted
-    assert champion(config, "gate") == second
-    table = load_table(config, decision.run_id, "decision.json")
-    assert table[0] == {"metric": "psnr_db", "candidate": 30.5, "champion": 30.0, "decides": True}
-    tags = open_client(config).get_run(decision.run_id).data.tags
-    assert tags[KIND_TAG] == "promote"
-    assert tags["lipflow.decision"] == "promoted"
-    assert PARENT_RUN_TAG in tags
-
-    decision = promote(config, PSNR, name="gate")
-    assert not decision.promoted
-    assert "the champion already" in decision.reason
-
-    assert rollback(config, name="gate") == (second, first)
-    assert champion(config, "gate") == first
-    with pytest.raises(RegistryError, match="no earlier champion"):
-        rollback(config, name="gate")
-
-
-@pytest.mark.parametrize(
-    ("digest", "psnr_db", "criterion", "reason"),
-    [
-        ("d1", 30.0, PSNR, "not better"),
-        ("d1", 29.0, PSNR, "not better"),
-        ("d1", float("nan"), PSNR, "no measurement"),
-        ("d2", 40.0, PSNR, "evaluate both on the same one"),
-        ("d1", 30.4, PSNR.model_copy(update={"minimum_gain": 0.5}), "by at least 0.5"),
-        ("d1", 31.0, PSNR.model_copy(update={"higher_is_better": False}), "not better"),
-    ],
-)
-def test_candidate_that_is_not_measurably_better_is_refused(config, request, digest, psnr_db, criterion, reason):
-    name = f"refuse-{request.node.callspec.indices['digest']}-{psnr_db}-{criterion.higher_is_better}"
-    held = add_version(config, name, psnr_db=30.0)
-    assert promote(config, PSNR, name=name).promoted
-    add_version(config, name, digest, psnr_db=psnr_db)
-    decision = promote(config, criterion, name=name)
-    assert not decision.promoted
-    assert reason in decision.reason
-    assert champion(config, name) == held
-
-
-def test_candidate_without_the_deciding_metric_is_an_error(config):
-    add_version(config, "unmeasured", rmse_mm=1.0)
-    with pytest.raises(RegistryError, match=r"no metric 'psnr_db', it has \['rmse_mm'\]"):
-        promote(config, PSNR, name="unmeasured")
-    with pytest.raises(RegistryError, match="no model 'absent'"):
-        promote(config, PSNR, name="absent")
-
-
 def test_signature_states_the_avatars_shapes(config, registered, tmp_path):
     download_model("models:/packaged@challenger", tmp_path, config)
     from mlflow.models import Model
@@ -307,6 +322,11 @@ def test_signature_states_the_avatars_shapes(config, registered, tmp_path):
         "textures": (-1, 3, 32, 32),
         "latent_mean": (-1, 4),
         "latent_std": (-1, 4),
+        "vertex_std_mm": (-1, 4),
+    }
+    assert {param.name: param.default for param in model.signature.params} == {
+        "uncertainty_samples": 16,
+        "uncertainty_seed": 0,
     }
     assert model.run_id == registered.run_id
     assert json.dumps(model.metadata["signals"]) == '["hmc", "frontal", "keypoints"]'
