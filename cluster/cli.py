@@ -30,6 +30,7 @@ COMMANDS = {
     "demo": ("cluster.demo", "demo_command"),
     "submit": ("cluster.submit", "submit_command"),
     "stack": ("cluster.stack", "stack_command"),
+    "doctor": ("cluster.doctor", "doctor_command"),
 }
 """Sub-command -> (module, function)."""
 
@@ -51,6 +52,7 @@ SUMMARIES = {
     "demo": "All of the above on a small synthetic dome, in minutes, on two cores.",
     "submit": "Run a job on a Ray cluster as if it ran here; the working tree is sent along.",
     "stack": "Run S3, MLflow and Ray servers on this machine: up, status, down.",
+    "doctor": "Say what is there, what is missing and what to do.",
 }
 EPILOG = "Every command takes --debug, which shows tracebacks and Ray's logs."
 

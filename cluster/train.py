@@ -47,6 +47,7 @@ from cluster.records.run import Run
 from cluster.records.tracking import initialise, tracked_run
 from cluster.runtime import progress_bar, ray_cluster, unwrapped
 from cluster.training.loop import AVATAR_FOLDER, TrainRecipe, checkpoint_folder, train_worker
+from cluster.training.process_group import NodeTorchConfig
 from cluster.training.trained_model import TrainedModel, fetched, resolved
 from lipflow.checkpoint import load_avatar
 from lipflow.errors import ConfigError, LipflowError
@@ -221,6 +222,7 @@ def _fit(out_uri: str, recipe: TrainRecipe, settings: dict[str, Any], board: Any
     trainer = TorchTrainer(
         train_worker,
         train_loop_config=settings,
+        torch_config=NodeTorchConfig(),
         scaling_config=ScalingConfig(
             num_workers=recipe.workers,
             use_gpu=recipe.use_gpu,

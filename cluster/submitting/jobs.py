@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -82,6 +83,10 @@ class Jobs:
         os.environ[ADDRESS_VARIABLE] = address
         from ray.job_submission import JobSubmissionClient
 
+        # Its notes of uploads and connections, which Ray shows by default.
+        if os.environ.get("LIPFLOW_DEBUG") != "1":
+            for module in ("dashboard_sdk", "job.sdk"):
+                logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.WARNING)
         with _cluster_errors(address):
             return cls(JobSubmissionClient(address))
 
