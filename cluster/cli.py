@@ -28,6 +28,9 @@ COMMANDS = {
     "promote": ("cluster.promote", "promote_command"),
     "rollback": ("cluster.promote", "rollback_command"),
     "demo": ("cluster.demo", "demo_command"),
+    "submit": ("cluster.submit", "submit_command"),
+    "stack": ("cluster.stack", "stack_command"),
+    "doctor": ("cluster.doctor", "doctor_command"),
 }
 """Sub-command -> (module, function)."""
 
@@ -47,6 +50,9 @@ SUMMARIES = {
     "promote": "Make an evaluated model the champion, if it is better.",
     "rollback": "Give the champion's place back to the version before it.",
     "demo": "All of the above on a small synthetic dome, in minutes, on two cores.",
+    "submit": "Run a job on a Ray cluster as if it ran here; the working tree is sent along.",
+    "stack": "Run S3, MLflow and Ray servers on this machine: up, status, down.",
+    "doctor": "Say what is there, what is missing and what to do.",
 }
 EPILOG = "Every command takes --debug, which shows tracebacks and Ray's logs."
 
@@ -64,9 +70,9 @@ def main() -> None:
     called = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), None)
     for name, (module, function) in COMMANDS.items():
         if name == called:
-            app.command(name, help=SUMMARIES[name])(getattr(import_module(module), function))
+            command.add_command(app, getattr(import_module(module), function), name, SUMMARIES[name])
         else:
-            app.command(name, help=SUMMARIES[name])(_not_called)
+            command.add_command(app, _not_called, name, SUMMARIES[name])
     command.run(app)
 
 

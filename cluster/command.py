@@ -42,6 +42,12 @@ def emit(result: dict[str, Any], as_json: bool, summary: str) -> None:
         Console(soft_wrap=True).print(summary, highlight=False, markup=False)
 
 
+def add_command(app: typer.Typer, function: Callable[..., Any], name: str | None = None, summary: str = "") -> None:
+    """Add a command to a command line, with the ``CONTEXT_SETTINGS`` of its module, if it has any."""
+    settings = getattr(sys.modules[function.__module__], "CONTEXT_SETTINGS", None)
+    app.command(name, help=summary or None, context_settings=settings)(function)
+
+
 def run_job(module: str, function: str) -> None:
     """Run a job of ``python -m cluster.<job>`` by its importable name.
 
@@ -63,7 +69,7 @@ def run(app: typer.Typer | Callable[..., Any]) -> None:
     logging.basicConfig(level=logging.INFO if debug else logging.WARNING, stream=sys.stderr)
     if not isinstance(app, typer.Typer):
         command, app = app, typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-        app.command()(command)
+        add_command(app, command)
     try:
         app(args=arguments)
     except LipflowError as error:

@@ -49,10 +49,10 @@ from cluster.records.tracking import initialise, tracked_run
 from cluster.runtime import progress_bar, ray_cluster, unwrapped
 from cluster.training.checkpoints import CheckpointStore
 from cluster.training.loop import Training, train_worker
+from cluster.training.process_group import NodeTorchConfig
 from cluster.training.recipe import TrainRecipe
 from cluster.training.state import AVATAR_FOLDER
 from cluster.training.trained_model import TrainedModel, fetched, resolved
-from cluster.training.worker import ListeningTorchConfig
 from lipflow.checkpoint import load_avatar
 from lipflow.errors import ConfigError, LipflowError, StorageError
 from pipeline import storage
@@ -272,7 +272,7 @@ def _trainer(training: Training) -> TorchTrainer:
     return TorchTrainer(
         train_worker,  # type: ignore[arg-type]
         train_loop_config={"training": training},
-        torch_config=ListeningTorchConfig(),
+        torch_config=NodeTorchConfig(),
         scaling_config=ScalingConfig(
             num_workers=workers,
             use_gpu=recipe.use_gpu,

@@ -15,7 +15,6 @@ from typing import Any
 import ray.train
 import ray.train.torch
 import torch
-from ray.train.torch import TorchConfig
 
 _sigterm = threading.Event()
 
@@ -69,7 +68,10 @@ def ray_worker() -> Worker:
 
 
 def listen_for_sigterm() -> None:
-    """Note the first SIGTERM in place of what it did before, which the second one does; from the main thread."""
+    """Note the first SIGTERM in place of what it did before, which the second one does.
+
+    From the main thread, which handles signals: Ray Train runs the training function in another one.
+    """
     before = signal.getsignal(signal.SIGTERM)
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -78,19 +80,3 @@ def listen_for_sigterm() -> None:
         _sigterm.set()
 
     signal.signal(signal.SIGTERM, note)
-
-
-# Ray Train runs the training function in a thread, and signals are handled by the main one, which runs this.
-class _ListeningBackend(TorchConfig().backend_cls):  # type: ignore[misc]
-    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
-        worker_group.execute(listen_for_sigterm)
-        super().on_start(worker_group, backend_config)
-
-
-class ListeningTorchConfig(TorchConfig):
-    """Ray Train's set-up of torch, on workers that listen for SIGTERM."""
-
-    @property
-    def backend_cls(self) -> type:
-        """What sets the workers up."""
-        return _ListeningBackend

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from pipeline.dome.writer import DomeConfig
 from pipeline.loading.loader import LoaderConfig
 from pipeline.sharding.shards import ShardConfig
 from pipeline.sharding.splits import SplitConfig
+from tests.integration.running_stack import RunningStack, stack_of_our_own
 
 DOME = DomeConfig(
     cameras=7,
@@ -83,3 +84,10 @@ def shards(ray_session, tmp_path_factory: pytest.TempPathFactory) -> Shards:
 def tiny_training() -> Callable[..., TrainRecipe]:
     """A recipe for a training of seconds: ``tiny_training(tracking, **changes)``."""
     return _tiny_training
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[RunningStack]:
+    """``lipflow stack up``: S3, MLflow and Ray servers of the module's own."""
+    with stack_of_our_own() as running:
+        yield running

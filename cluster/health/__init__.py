@@ -1,0 +1,1 @@
+"""What ``lipflow doctor`` looks at: this machine, and the services that the environment names."""
