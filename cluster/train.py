@@ -17,6 +17,7 @@ import json
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -132,8 +133,22 @@ class FailAtOnce(UserCallback):
                 raise error
 
 
-def train(shards_uri: str, out_uri: str, recipe: TrainRecipe) -> TrainSummary:
+def train(
+    shards_uri: str,
+    out_uri: str,
+    recipe: TrainRecipe,
+    *,
+    callbacks: Sequence[UserCallback] = (),
+    parent_run: str | None = None,
+) -> TrainSummary:
     """Train an avatar or new drivers of one, or continue a training, or return the summary of a finished one.
+
+    Args:
+        shards_uri: the shard set.
+        out_uri: where checkpoints and the avatar go.
+        recipe: the settings.
+        callbacks: run in Ray Train's controller, after those of this job.
+        parent_run: MLflow run that this training is part of; None: that of the model that drivers are added to.
 
     Raises:
         ShardSetError: no usable shard set at ``shards_uri``.
@@ -149,11 +164,19 @@ def train(shards_uri: str, out_uri: str, recipe: TrainRecipe) -> TrainSummary:
     out_uri = storage.normalize_uri(out_uri)
     storage.check_writable(out_uri)
     with fetched(recipe) as model:
-        return _train(shards_uri, shards, out_uri, resolved(recipe, model, shards), model)
+        if parent_run is None and model is not None:
+            parent_run = model.run_id
+        return _train(shards_uri, shards, out_uri, resolved(recipe, model, shards), model, callbacks, parent_run)
 
 
 def _train(
-    shards_uri: str, shards: ShardSet, out_uri: str, recipe: TrainRecipe, model: TrainedModel | None
+    shards_uri: str,
+    shards: ShardSet,
+    out_uri: str,
+    recipe: TrainRecipe,
+    model: TrainedModel | None,
+    callbacks: Sequence[UserCallback],
+    parent_run: str | None,
 ) -> TrainSummary:
     previous_run = _check_same_training(out_uri, recipe, shards.digest, model)
     if storage.exists(storage.join(out_uri, SUMMARY_FILE)):
@@ -167,7 +190,7 @@ def _train(
             config=recipe.tracking,
             recipe=recipe,
             shards_digest=shards.digest,
-            parent_run=None if model is None else model.run_id,
+            parent_run=parent_run,
             run_id=previous_run,
         ) as run,
         ray_cluster(),
@@ -193,7 +216,7 @@ def _train(
             "board": board,
             "model": model_uri,
         }
-        result = _fit(out_uri, recipe, settings, board)
+        result = _fit(out_uri, recipe, settings, board, callbacks)
         checkpoint, metrics = min(result.best_checkpoints or [], key=lambda item: item[1]["val_loss"])
         with checkpoint_folder(checkpoint) as folder:
             avatar_uri = storage.join(out_uri, AVATAR_FOLDER)
@@ -216,7 +239,9 @@ def _train(
     return summary
 
 
-def _fit(out_uri: str, recipe: TrainRecipe, settings: dict[str, Any], board: Any) -> Result:
+def _fit(
+    out_uri: str, recipe: TrainRecipe, settings: dict[str, Any], board: Any, callbacks: Sequence[UserCallback]
+) -> Result:
     filesystem, storage_path = ray_storage(storage.join(out_uri, "ray"))
     trainer = TorchTrainer(
         train_worker,
@@ -231,7 +256,7 @@ def _fit(out_uri: str, recipe: TrainRecipe, settings: dict[str, Any], board: Any
             storage_path=storage_path,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=recipe.max_failures),
-            callbacks=[FailAtOnce()],  # type: ignore[list-item]
+            callbacks=[FailAtOnce(), *callbacks],  # type: ignore[list-item]
             checkpoint_config=CheckpointConfig(
                 num_to_keep=2, checkpoint_score_attribute="val_loss", checkpoint_score_order="min"
             ),

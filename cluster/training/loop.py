@@ -62,6 +62,10 @@ class TrainRecipe(StrictConfig):
         gradient_clip_norm: largest global gradient norm.
         validation_frames: frames of the validation split on which checkpoints are compared.
         validation_cameras: training cameras on which they are compared, evenly spread.
+        validation_loss: weights of the reconstruction by which they are compared; None: those of ``loss``. Trainings
+            with other weights have comparable validation losses only if this is the same for all.
+        validation_signals: signals whose drivers' answers are judged beside the encoder's; None: all of the avatar's;
+            empty: the encoder's reconstruction alone, which is what avatars with and without drivers have in common.
         seed: of latent samples and input dropout; that of the weights is ``avatar.init_seed``.
         workers: processes, each with ``cpus_per_worker`` CPUs, and one GPU if ``use_gpu``.
         max_failures: how often the workers are started again from the last checkpoint.
@@ -84,6 +88,8 @@ class TrainRecipe(StrictConfig):
     log_every_steps: int = Field(10, gt=0)
     validation_frames: int = Field(8, gt=0)
     validation_cameras: int = Field(4, gt=0)
+    validation_loss: LossConfig | None = None
+    validation_signals: tuple[Signal, ...] | None = None
     seed: int = 0
     workers: int = Field(2, gt=0)
     cpus_per_worker: float = Field(1, gt=0)
@@ -116,9 +122,29 @@ class TrainRecipe(StrictConfig):
                 " a signal: leave loss.no_signal_weight out, or set avatar.method=conditional or lipflow"
             )
         self._check_drivers()
+        self._check_validation()
         if self.render.backend == "cuda" and not self.use_gpu:
             raise ValueError("render.backend is cuda and use_gpu is false: set use_gpu=true, or render.backend=auto")
         return self
+
+    def _check_validation(self) -> None:
+        judged = self.validation_loss or self.loss
+        if judged.image_weight == judged.geometry_weight == judged.average_texture_weight == 0:
+            named = "loss" if self.validation_loss is None else "validation_loss"
+            raise ValueError(
+                f"{named} has no weight on the reconstruction, by which checkpoints are compared: raise "
+                "validation_loss.image_weight or validation_loss.geometry_weight"
+            )
+        if self.validation_signals and self.add_drivers:
+            raise ValueError("with add_drivers the new drivers alone are judged: leave validation_signals out")
+        if self.validation_signals and not self.avatar.has_drivers:
+            raise ValueError(
+                f"avatar.method is {self.avatar.method}, which has no drivers to be judged: "
+                "leave validation_signals out"
+            )
+        unknown = set(self.validation_signals or ()) - set(self.avatar.signals or self.validation_signals or ())
+        if unknown:
+            raise ValueError(f"validation_signals names {min(unknown)}, which avatar.signals leaves out: add it there")
 
     def _check_drivers(self) -> None:
         if bool(self.add_drivers) != (self.model is not None):
@@ -222,7 +248,10 @@ def train_worker(settings: dict[str, Any]) -> None:
     avatar = untrained_avatar(shards, recipe, settings["model"])
     render = recipe.render
     renderer = Renderer(shards.topology, render.backend, filter=render.filter, antialias=render.antialias).to(device)
-    objective = Objective(avatar, renderer, recipe.loss, recipe.add_drivers)
+    objective = Objective(
+        avatar, renderer, recipe.loss, recipe.add_drivers,
+        validation_loss=recipe.validation_loss, validation_signals=recipe.validation_signals,
+    )  # fmt: skip
     model = ray.train.torch.prepare_model(objective, parallel_strategy_kwargs={"find_unused_parameters": True})
     optimizer = torch.optim.Adam(parameter_groups(avatar, recipe), fused=True)
     step = _restore(avatar, optimizer)

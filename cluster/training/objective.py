@@ -23,14 +23,27 @@ class Objective(nn.Module):
         renderer: of its topology.
         config: weights.
         add_drivers: signals of the drivers that alone are trained; empty: everything is.
+        validation_loss: weights by which avatars are compared; None: ``config``.
+        validation_signals: signals whose drivers are judged beside the encoder; None: all of the avatar's.
     """
 
-    def __init__(self, avatar: Avatar, renderer: Renderer, config: LossConfig, add_drivers: Sequence[str] = ()):
+    def __init__(
+        self,
+        avatar: Avatar,
+        renderer: Renderer,
+        config: LossConfig,
+        add_drivers: Sequence[str] = (),
+        *,
+        validation_loss: LossConfig | None = None,
+        validation_signals: Sequence[str] | None = None,
+    ):
         super().__init__()
         self.avatar = avatar
         self._renderer = renderer
         self._config = config
         self._add_drivers = tuple(add_drivers)
+        self._validation_loss = validation_loss or config
+        self._validation_signals = avatar.signals if validation_signals is None else tuple(validation_signals)
 
     def forward(self, batch: FrameBatch, generator: torch.Generator) -> LossTerms:
         """Loss of one batch; see :func:`lipflow.losses.training_loss` and :func:`lipflow.losses.driver_loss`."""
@@ -44,17 +57,20 @@ class Objective(nn.Module):
 
         The latents are the posterior mean and, for each driving signal, what it says of z without any fit: the best
         avatar is one that is both accurate and drivable. With ``add_drivers`` it is theirs alone.
+
+        Two values compare avatars only if both were judged by the same weights and over the same latents.
         """
         total, frames = 0.0, 0
         for batch in batches:
             latents = [] if self._add_drivers else [self.avatar.encode(batch.vertices, batch.average_texture).mean]
             latents += [
                 self.avatar.start_from([signal], batch.driving)
-                for signal in self._add_drivers or self.avatar.signals
+                for signal in self._add_drivers or self._validation_signals
                 if signal in given_signals(batch.driving)
             ]
             losses = [
-                reconstruction_loss(self.avatar, self._renderer, z, batch, self._config).total.item() for z in latents
+                reconstruction_loss(self.avatar, self._renderer, z, batch, self._validation_loss).total.item()
+                for z in latents
             ]
             total += sum(losses) / len(losses) * len(batch.frame_ids)
             frames += len(batch.frame_ids)
