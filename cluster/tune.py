@@ -46,7 +46,7 @@ from cluster.tuning.recipe import TuneRecipe
 from cluster.tuning.runs import TrialRuns
 from cluster.tuning.search import LedgerHalving, LedgerSearch
 from cluster.tuning.trial import run_trial
-from lipflow.errors import ConfigError, LipflowError
+from lipflow.errors import ConfigError
 from pipeline import storage
 from pipeline.loading.loader import ShardSet
 
@@ -66,10 +66,6 @@ FREE_TO_CHANGE = {
 
 _TRIAL_MEMORY_BYTES = 2**28
 """What Ray reserves for the process that submits a trial's training; its workers reserve their CPUs themselves."""
-
-
-class SweepError(LipflowError):
-    """A sweep that has no result."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +163,7 @@ def tune(shards_uri: str, out_uri: str, recipe: TuneRecipe) -> TuneSummary:
             runs.close("interrupted")
             raise
         runs.close("lost")
-        best = _winner(ledger)
+        best = ledger.winner()
         best_uri = storage.join(out_uri, BEST_RECIPE_FILE)
         final = recipe.best(best.values)
         portable = final.model_dump(mode="json", exclude={"tracking"})
@@ -213,6 +209,7 @@ def _search(shards_uri: str, ledger: Ledger, recipe: TuneRecipe, run: Run, runs:
         return
     # Ctrl-C is ours: Tune's own handling would return as if the sweep had ended. Lines for people are ours too.
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     with _progress(ledger, recipe) as progress, tempfile.TemporaryDirectory() as tune_folder:
@@ -267,23 +264,6 @@ def _concurrent_trials(recipe: TuneRecipe) -> int:
     if training.use_gpu:
         takes["GPU"] = training.workers
     return max(1, min(int(resources.get(name, 0) // amount) for name, amount in takes.items()))
-
-
-def _winner(ledger: Ledger) -> TrialRecord:
-    lost = ledger.in_state("lost")
-    if lost:
-        raise SweepError(
-            f"{len(lost)} of {len(ledger.records)} trials were lost; the first, trial {lost[0].number}: "
-            f"{lost[0].error}; run the same command again to continue them"
-        )
-    best = ledger.best()
-    if best is not None:
-        return best
-    failed = ledger.in_state("failed")
-    raise SweepError(
-        f"no trial got to the end of its budget, {len(failed)} of {len(ledger.records)} failed; the first, trial "
-        f"{failed[0].number}: {failed[0].error}"
-    )
 
 
 def _check_same_sweep(out_uri: str, recipe: TuneRecipe, shards_digest: str) -> str | None:

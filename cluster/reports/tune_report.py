@@ -26,7 +26,7 @@ from pipeline import storage
 FEWEST_FOR_IMPORTANCE = 8
 """Trials below which shares of importance are noise alone."""
 
-_LEGEND = {"completed": 0, "stopped early": 1, "base recipe": 2, "best": 3}
+_LEGEND = {"completed": 0, "stopped early": 1, "failed": 5, "base recipe": 2, "best": 3}
 
 
 def write_tune_report(
@@ -160,7 +160,9 @@ def _trial_table(records: Sequence[TrialRecord], recipe: TuneRecipe, best: int) 
 
 def _learning_curves(records: Sequence[TrialRecord], recipe: TuneRecipe, best: int) -> Chart:
     """One curve a kind of trial, broken between trials: so the legend stays short."""
-    curves: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in _LEGEND}
+    # In the order of their colours.
+    kinds = sorted(_LEGEND, key=lambda kind: _LEGEND[kind])
+    curves: dict[str, tuple[list[float], list[float]]] = {kind: ([], []) for kind in kinds}
     for record in records:
         steps, losses = curves[_kind(record, best)]
         for step, loss in record.reports:
@@ -215,7 +217,7 @@ def _kind(record: TrialRecord, best: int) -> str:
         return "best"
     if record.number == 0:
         return "base recipe"
-    return "completed" if record.state == "completed" else "stopped early"
+    return {"completed": "completed", "stopped": "stopped early"}.get(record.state, "failed")
 
 
 def _place(dimension: Uniform | Int | Choice, value: Value) -> float | None:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from cluster.train import SUMMARY_FILE
 from cluster.tuning.space import Value
+from lipflow.errors import LipflowError
 from pipeline import storage
 
 TRIALS_FOLDER = "trials"
@@ -25,6 +26,10 @@ FINAL: tuple[State, ...] = ("completed", "stopped", "failed")
 
 MOST_LOSSES = 2
 """Submissions in which a trial may be lost before it counts as failed, so that one that kills its machine ends."""
+
+
+class SweepError(LipflowError):
+    """A sweep that has no result."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +144,27 @@ class Ledger:
     def best(self) -> TrialRecord | None:
         """The completed trial of the lowest loss; of equal ones the first."""
         return min(self.in_state("completed"), key=lambda record: record.loss, default=None)  # type: ignore[arg-type,return-value]
+
+    def winner(self) -> TrialRecord:
+        """The best trial of a sweep in which nothing is left to be run.
+
+        Raises:
+            SweepError: some trials were lost, or none was completed.
+        """
+        lost, failed = self.in_state("lost"), self.in_state("failed")
+        if lost:
+            raise SweepError(
+                f"{len(lost)} of {len(self.records)} trials were lost; the first, trial {lost[0].number}: "
+                f"{lost[0].error}; run the same command again to continue them"
+            )
+        best = self.best()
+        if best is None:
+            raise SweepError(
+                f"no trial got to the end of its budget, and {len(failed)} of {len(self.records)} failed; the first, "
+                f"trial {failed[0].number}: {failed[0].error}; correct the base recipe or the space, and give another "
+                "OUT"
+            )
+        return best
 
     def _write(self, record: TrialRecord) -> TrialRecord:
         text = json.dumps(asdict(record), indent=2)

@@ -23,7 +23,7 @@ from lipflow.config import AvatarConfig, StrictConfig
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
-MOST_COMBINATIONS = 256
+MOST_COMBINATIONS = 128
 """Corners of a space that are built before the sweep starts; a larger space is checked at as many drawn ones."""
 
 Value: TypeAlias = bool | int | float | str | list[Any] | None
