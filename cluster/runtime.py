@@ -45,10 +45,14 @@ class ClusterError(LipflowError):
 
 
 @contextmanager
-def ray_cluster() -> Iterator[None]:
+def ray_cluster(*, dashboard: bool = False) -> Iterator[None]:
     """Join the cluster of ``RAY_ADDRESS`` (set inside a Ray job), else start one on this machine's loopback.
 
     A cluster that was started here is stopped at the end; nested calls share the outermost one.
+
+    Args:
+        dashboard: start one with its dashboard, without which Ray Train does not give back the CPUs of a training
+            that is ended from outside, as a sweep does.
 
     Raises:
         ClusterError: ``RAY_ADDRESS`` names a cluster that does not answer.
@@ -74,7 +78,8 @@ def ray_cluster() -> Iterator[None]:
     else:
         ray.init(
             num_cpus=max(FEWEST_CPUS, os.cpu_count() or 1),
-            include_dashboard=False,
+            include_dashboard=dashboard,
+            dashboard_host="127.0.0.1",
             object_store_memory=OBJECT_STORE_BYTES,
             _node_ip_address="127.0.0.1",
             **quiet,

@@ -18,6 +18,7 @@ import json
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -139,8 +140,22 @@ class FailAtOnce(UserCallback):
                 raise error
 
 
-def train(shards_uri: str, out_uri: str, recipe: TrainRecipe) -> TrainSummary:
+def train(
+    shards_uri: str,
+    out_uri: str,
+    recipe: TrainRecipe,
+    *,
+    callbacks: Sequence[UserCallback] = (),
+    parent_run: str | None = None,
+) -> TrainSummary:
     """Train an avatar or new drivers of one, or continue a training, or return the summary of a finished one.
+
+    Args:
+        shards_uri: the shard set.
+        out_uri: where checkpoints and the avatar go.
+        recipe: the settings.
+        callbacks: run in Ray Train's controller, after those of this job.
+        parent_run: MLflow run that this training is part of; None: that of the model that drivers are added to.
 
     Raises:
         ShardSetError: no usable shard set at ``shards_uri``.
@@ -157,11 +172,19 @@ def train(shards_uri: str, out_uri: str, recipe: TrainRecipe) -> TrainSummary:
     storage.check_writable(out_uri)
     with fetched(recipe) as model:
         recipe = with_micro_batches(out_uri, resolved(recipe, model, shards))
-        return _train(shards_uri, shards, out_uri, recipe, model)
+        if parent_run is None and model is not None:
+            parent_run = model.run_id
+        return _train(shards_uri, shards, out_uri, recipe, model, callbacks, parent_run)
 
 
 def _train(
-    shards_uri: str, shards: ShardSet, out_uri: str, recipe: TrainRecipe, model: TrainedModel | None
+    shards_uri: str,
+    shards: ShardSet,
+    out_uri: str,
+    recipe: TrainRecipe,
+    model: TrainedModel | None,
+    callbacks: Sequence[UserCallback],
+    parent_run: str | None,
 ) -> TrainSummary:
     previous_run = _check_same_training(out_uri, recipe, shards.digest, model)
     if storage.exists(storage.join(out_uri, SUMMARY_FILE)):
@@ -178,7 +201,7 @@ def _train(
             config=recipe.tracking,
             recipe=recipe,
             shards_digest=shards.digest,
-            parent_run=None if model is None else model.run_id,
+            parent_run=parent_run,
             run_id=previous_run,
         ) as run,
         ray_cluster(),
@@ -208,7 +231,7 @@ def _train(
             board=board,
             model=model_uri,
         )
-        _fit(training, board)
+        _fit(training, board, callbacks)
         store = CheckpointStore(out_uri)
         best = store.best()
         if best is None or best.validation_loss is None:
@@ -235,7 +258,7 @@ def _train(
     return summary
 
 
-def _fit(training: Training, board: Any) -> None:
+def _fit(training: Training, board: Any, callbacks: Sequence[UserCallback]) -> None:
     """Train until all steps are done; workers that had to leave are started again."""
     recipe = training.recipe
     finished = threading.Event()
@@ -250,7 +273,7 @@ def _fit(training: Training, board: Any) -> None:
         follower = threading.Thread(target=follow, daemon=True)
         follower.start()
         try:
-            while (steps_done := _steps_done(_trainer(training).fit())) < recipe.steps:
+            while (steps_done := _steps_done(_trainer(training, callbacks).fit())) < recipe.steps:
                 board.update.remote(steps_done, "a worker had to leave, starting again")
         except TrainingFailedError as error:
             raise unwrapped(_worker_error(error)) from error
@@ -265,7 +288,7 @@ def _steps_done(result: Any) -> int:
     return result.return_value
 
 
-def _trainer(training: Training) -> TorchTrainer:
+def _trainer(training: Training, callbacks: Sequence[UserCallback]) -> TorchTrainer:
     recipe = training.recipe
     filesystem, storage_path = ray_storage(storage.join(training.out, "ray"))
     workers: Any = recipe.workers if recipe.min_workers is None else (recipe.min_workers, recipe.workers)
@@ -283,7 +306,7 @@ def _trainer(training: Training) -> TorchTrainer:
             storage_path=storage_path,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=recipe.max_failures),
-            callbacks=[FailAtOnce()],  # type: ignore[list-item]
+            callbacks=[FailAtOnce(), *callbacks],  # type: ignore[list-item]
         ),
     )
 

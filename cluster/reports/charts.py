@@ -39,7 +39,7 @@ class Chart:
 
 def chart_svg(chart: Chart) -> Markup:
     """The chart as one ``<svg>`` element, described for screen readers."""
-    curves = {name: _thinned(_drawable(x, y, chart.log_y)) for name, (x, y) in chart.curves.items()}
+    curves = {name: _drawable(x, y, chart.log_y) for name, (x, y) in chart.curves.items()}
     finite = [points[np.isfinite(points[:, 1])] for points in curves.values()]
     known = np.concatenate(finite) if finite else np.zeros((0, 2))
     if len(known) == 0:
@@ -78,7 +78,7 @@ def chart_svg(chart: Chart) -> Markup:
     for index, points in enumerate(curves.values()):
         series = f"s{index % SERIES_COLOURS}"
         for segment in _unbroken(points):
-            places = [(place_x(x), place_y(y)) for x, y in segment]
+            places = [(place_x(x), place_y(y)) for x, y in _thinned(segment)]
             if len(places) == 1:
                 parts.append(f'<circle class="dot {series}" cx="{places[0][0]:.1f}" cy="{places[0][1]:.1f}" r="3"/>')
             else:

@@ -23,6 +23,7 @@ from rich.table import Table
 
 from cluster.records.redaction import redact, redact_text
 from cluster.reports.charts import SERIES_COLOURS, Chart, chart_svg
+from cluster.reports.drawings import Drawing
 from pipeline import storage
 
 _TEMPLATE = "page.html.j2"
@@ -111,6 +112,7 @@ class ReportContent:
         tables: further tables, in the order shown.
         quadrants: the quadrant table.
         quadrants_note: below that table, e.g. how held-out cameras were calibrated.
+        drawings: as wide as the page, in the order shown.
         pictures: in the order shown, such as one for each driving signal.
         training_curves: charts.
         fit_curves: charts.
@@ -126,6 +128,7 @@ class ReportContent:
     tables: Sequence[ReportTable] = ()
     quadrants: Sequence[QuadrantRow] = ()
     quadrants_note: str = ""
+    drawings: Sequence[Drawing] = ()
     pictures: Sequence[Picture] = ()
     training_curves: Sequence[Chart] = ()
     fit_curves: Sequence[Chart] = ()

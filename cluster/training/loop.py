@@ -97,7 +97,11 @@ def train_loop(training: Training, worker: Worker) -> int:
     if recipe.compile:
         avatar.encoder.compile()
         avatar.decoder.compile()
-    objective = Objective(avatar, renderer, recipe.loss, recipe.add_drivers, bfloat16=recipe.precision == "bfloat16")
+    objective = Objective(
+        avatar, renderer, recipe.loss, recipe.add_drivers,
+        validation_loss=recipe.validation_loss, validation_signals=recipe.validation_signals,
+        bfloat16=recipe.precision == "bfloat16",
+    )  # fmt: skip
     step = _Step(objective, state.optimizer, recipe, worker)
     batches = MicroBatches(
         shards, recipe.loader, micro_batches=recipe.pieces, rank=worker.rank, world_size=worker.world_size,

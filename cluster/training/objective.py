@@ -23,6 +23,8 @@ class Objective(nn.Module):
         renderer: of its topology.
         config: weights.
         add_drivers: signals of the drivers that alone are trained; empty: everything is.
+        validation_loss: weights by which avatars are compared; None: ``config``.
+        validation_signals: signals whose drivers are judged beside the encoder; None: all of the avatar's.
         bfloat16: train the networks in it. Flow, rendering, colours and losses stay float32, and so does what is
             validated, since it is used so.
     """
@@ -34,6 +36,8 @@ class Objective(nn.Module):
         config: LossConfig,
         add_drivers: Sequence[str] = (),
         *,
+        validation_loss: LossConfig | None = None,
+        validation_signals: Sequence[str] | None = None,
         bfloat16: bool = False,
     ):
         super().__init__()
@@ -41,6 +45,8 @@ class Objective(nn.Module):
         self._renderer = renderer
         self._config = config
         self._add_drivers = tuple(add_drivers)
+        self._validation_loss = validation_loss or config
+        self._validation_signals = avatar.signals if validation_signals is None else tuple(validation_signals)
         self._bfloat16 = bfloat16
 
     def forward(self, batch: FrameBatch, generator: torch.Generator) -> LossTerms:
@@ -57,6 +63,8 @@ class Objective(nn.Module):
         The latents are the posterior mean and, for each driving signal, what it says of z without any fit: the best
         avatar is one that is both accurate and drivable. With ``add_drivers`` it is theirs alone.
 
+        Two values compare avatars only if both were judged by the same weights and over the same latents.
+
         Args:
             batches: of validation frames.
             avatar: that is validated in place of the trained one, such as the average of its weights.
@@ -67,10 +75,13 @@ class Objective(nn.Module):
             latents = [] if self._add_drivers else [avatar.encode(batch.vertices, batch.average_texture).mean]
             latents += [
                 avatar.start_from([signal], batch.driving)
-                for signal in self._add_drivers or avatar.signals
+                for signal in self._add_drivers or self._validation_signals
                 if signal in given_signals(batch.driving)
             ]
-            losses = [reconstruction_loss(avatar, self._renderer, z, batch, self._config).total.item() for z in latents]
+            losses = [
+                reconstruction_loss(avatar, self._renderer, z, batch, self._validation_loss).total.item()
+                for z in latents
+            ]
             total += sum(losses) / len(losses) * len(batch.frame_ids)
             frames += len(batch.frame_ids)
         return total, frames

@@ -44,6 +44,10 @@ class TrainRecipe(StrictConfig):
         pictures_every_steps: validation frames beside their reconstruction are logged this often; None: never.
         validation_frames: frames of the validation split on which checkpoints are compared.
         validation_cameras: training cameras on which they are compared, evenly spread.
+        validation_loss: weights of the reconstruction by which they are compared; None: those of ``loss``. Trainings
+            with other weights have comparable validation losses only if this is the same for all.
+        validation_signals: signals whose drivers' answers are judged beside the encoder's; None: all of the avatar's;
+            empty: the encoder's reconstruction alone, which is what avatars with and without drivers have in common.
         seed: of latent samples and input dropout; that of the weights is ``avatar.init_seed``.
         workers: processes, each with ``cpus_per_worker`` CPUs, and one GPU if ``use_gpu``; at most ``micro_batches``.
         min_workers: with how many the training goes on while the cluster has no room for all; None: it waits.
@@ -75,6 +79,8 @@ class TrainRecipe(StrictConfig):
     pictures_every_steps: int | None = Field(None, gt=0)
     validation_frames: int = Field(8, gt=0)
     validation_cameras: int = Field(4, gt=0)
+    validation_loss: LossConfig | None = None
+    validation_signals: tuple[Signal, ...] | None = None
     seed: int = 0
     workers: int = Field(2, gt=0)
     min_workers: int | None = Field(None, gt=0)
@@ -113,10 +119,30 @@ class TrainRecipe(StrictConfig):
                 " a signal: leave loss.no_signal_weight out, or set avatar.method=conditional or lipflow"
             )
         self._check_drivers()
+        self._check_validation()
         self._check_workers()
         if self.render.backend == "cuda" and not self.use_gpu:
             raise ValueError("render.backend is cuda and use_gpu is false: set use_gpu=true, or render.backend=auto")
         return self
+
+    def _check_validation(self) -> None:
+        judged = self.validation_loss or self.loss
+        if judged.image_weight == judged.geometry_weight == judged.average_texture_weight == 0:
+            named = "loss" if self.validation_loss is None else "validation_loss"
+            raise ValueError(
+                f"{named} has no weight on the reconstruction, by which checkpoints are compared: raise "
+                "validation_loss.image_weight or validation_loss.geometry_weight"
+            )
+        if self.validation_signals and self.add_drivers:
+            raise ValueError("with add_drivers the new drivers alone are judged: leave validation_signals out")
+        if self.validation_signals and not self.avatar.has_drivers:
+            raise ValueError(
+                f"avatar.method is {self.avatar.method}, which has no drivers to be judged: "
+                "leave validation_signals out"
+            )
+        unknown = set(self.validation_signals or ()) - set(self.avatar.signals or self.validation_signals or ())
+        if unknown:
+            raise ValueError(f"validation_signals names {min(unknown)}, which avatar.signals leaves out: add it there")
 
     def _check_workers(self) -> None:
         if self.micro_batches is not None and self.workers > self.micro_batches:

@@ -13,6 +13,8 @@ from cluster.evaluate import EvaluateRecipe
 from cluster.recipe import load_recipe
 from cluster.shard import ShardRecipe
 from cluster.training.recipe import TrainRecipe
+from cluster.tuning.recipe import TuneRecipe
+from cluster.tuning.space import base_point
 from lipflow.config import StrictConfig
 from pipeline.dome.motion import segment_names
 from pipeline.dome.writer import DomeConfig
@@ -22,7 +24,12 @@ FOLDER = Path(__file__).parents[2] / "infra" / "recipes"
 RECIPES = sorted(path.name for path in FOLDER.iterdir())
 TRAININGS = ("dam", "flow-gaussian", "conditional", "conditional-prior-rec", "lipflow")
 SIZES = ("small", "full")
-CLASSES: dict[str, type[StrictConfig]] = {"synth": DomeConfig, "shard": ShardRecipe, "evaluate": EvaluateRecipe}
+CLASSES: dict[str, type[StrictConfig]] = {
+    "synth": DomeConfig,
+    "shard": ShardRecipe,
+    "evaluate": EvaluateRecipe,
+    "tune": TuneRecipe,
+}
 
 
 def load(name: str) -> Any:
@@ -32,7 +39,7 @@ def load(name: str) -> Any:
 
 
 def test_every_job_has_its_recipes():
-    jobs = ("shard", *TRAININGS, "drivers", "evaluate")
+    jobs = ("shard", *TRAININGS, "drivers", "evaluate", "tune")
     assert sorted([f"{size}-{job}.yaml" for size in SIZES for job in jobs] + ["small-synth.yaml"]) == RECIPES
 
 
@@ -71,6 +78,14 @@ def test_methods_have_the_same_decoder_data_and_budget(size: str):
     assert switches["conditional-prior-rec"] == ("conditional", 1.0)
     assert switches["lipflow"] == ("lipflow", 1.0)
     assert switches["dam"][0] == "dam"
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_sweep_starts_at_the_lipflow_recipe_and_searches_around_it(size: str):
+    sweep = load(f"{size}-tune.yaml")
+    assert sweep.train == load(f"{size}-lipflow.yaml")
+    point = base_point(sweep.train, sweep.searched)
+    assert [key for key, dimension in sweep.searched.items() if not dimension.holds(point[key])] == []
 
 
 def test_small_is_small_and_full_is_the_papers_size():
