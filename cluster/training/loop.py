@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ class Training:
     """A training as its workers are given it.
 
     Attributes:
-        recipe: all settings.
+        recipe: all settings; not in the text of this object, which Ray keeps: an address may hold a password.
         shards: URI of the shard set.
         out: URI of the training, under which its checkpoints are.
         cache_dir: for copies of remote shards; None: a temporary folder.
@@ -58,7 +58,7 @@ class Training:
         model: URI of the avatar that is given drivers; None: a fresh one is trained.
     """
 
-    recipe: TrainRecipe
+    recipe: TrainRecipe = field(repr=False)
     shards: str
     out: str
     cache_dir: str | None = None

@@ -62,8 +62,13 @@ def ray_worker() -> Worker:
         context.get_world_size(),
         ray.train.torch.get_device(),
         report=lambda metrics: ray.train.report(dict(metrics)),
-        asked_to_leave=_sigterm.is_set,
+        asked_to_leave=sigterm_came,
     )
+
+
+def sigterm_came() -> bool:
+    """Whether this process had a SIGTERM since :func:`listen_for_sigterm`."""
+    return _sigterm.is_set()
 
 
 def listen_for_sigterm() -> None:

@@ -18,24 +18,12 @@ from cluster.recipe import dump_recipe
 from cluster.records.tracking import TrackingConfig, initialise
 from cluster.training.checkpoints import CheckpointStore
 from cluster.training.loop import Training
-from pipeline.captures.opening import open_capture
-from pipeline.dome.writer import DomeConfig, write_dome
-from pipeline.sharding.shards import ShardConfig, write_shards
-from tests.cluster.training.training_runs import differing, end_of, tiny, train_alone
+from tests.cluster.training.training_runs import differing, end_of, tiny, train_alone, write_tiny_shards
 from tests.integration.ray_nodes import RayNodes, ray_nodes
 
 # Raised inside MLflow, about its own use of SQLAlchemy.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")
 
-DOME = DomeConfig(
-    cameras=4,
-    image_size_hw=(24, 18),
-    texture_size=32,
-    segments=5,
-    frames_per_segment=3,
-    headset_image_size_hw=(8, 8),
-    supersampling=1,
-)
 STEPS = 24
 WAIT_S = 280
 REPETITIONS = 20
@@ -54,15 +42,14 @@ class Undisturbed:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     root = tmp_path_factory.mktemp("undisturbed")
-    write_dome(DOME, str(root / "dome"))
-    write_shards(open_capture(str(root / "dome")), ShardConfig(frames_per_shard=3), str(root / "shards"))
-    training = Training(tiny(steps=STEPS, checkpoint_every_steps=4), str(root / "shards"), str(root / "out"))
+    shards = write_tiny_shards(root)
+    training = Training(tiny(steps=STEPS, checkpoint_every_steps=4), shards, str(root / "out"))
     began = time.monotonic()
     train_alone(training)
     seconds_a_step = (time.monotonic() - began) / STEPS
     tracking = TrackingConfig(uri=f"sqlite:///{root}/mlflow.db", experiment="nodes")
     initialise(tracking)
-    return Undisturbed(str(root / "shards"), tracking, seconds_a_step, end_of(training, root))
+    return Undisturbed(shards, tracking, seconds_a_step, end_of(training, root))
 
 
 @pytest.fixture(scope="module")

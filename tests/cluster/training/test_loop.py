@@ -2,67 +2,41 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import shutil
-from collections.abc import Callable
+import signal
+import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from cluster.training.checkpoints import CheckpointStore
 from cluster.training.loop import Training
-from pipeline.captures.opening import open_capture
-from pipeline.dome.writer import DomeConfig, write_dome
-from pipeline.sharding.shards import ShardConfig, write_shards
 from tests.cluster.training.training_runs import (
+    LEFT_EARLY,
     Leaves,
     differing,
     end_of,
     largest_difference,
     tiny,
     train_alone,
+    train_as_a_ray_worker_does,
     train_together,
 )
 
-DOME = DomeConfig(
-    cameras=4,
-    image_size_hw=(24, 18),
-    texture_size=32,
-    segments=5,
-    frames_per_segment=3,
-    headset_image_size_hw=(8, 8),
-    supersampling=1,
-)
-
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    root = tmp_path_factory.mktemp("training")
-    write_dome(DOME, str(root / "dome"))
-    write_shards(open_capture(str(root / "dome")), ShardConfig(frames_per_shard=3), str(root / "shards"))
-    return str(root / "shards")
-
-
-@pytest.fixture
-def training(shards: str, tmp_path: Path) -> Callable[..., Training]:
-    """A training to an OUT of the given name."""
-
-    def make(out: str, **changes: Any) -> Training:
-        return Training(tiny(**changes), shards, str(tmp_path / out))
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def undisturbed(shards: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+def undisturbed(tiny_shards: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     """The end of the tiny training in one go, by one worker."""
     root = tmp_path_factory.mktemp("undisturbed")
-    alone = Training(tiny(), shards, str(root / "out"))
+    alone = Training(tiny(), tiny_shards, str(root / "out"))
     assert train_alone(alone)[0] == 6
     return end_of(alone, root)
 
 
+@pytest.mark.slow
 def test_two_workers_and_one_end_in_the_same_weights_bit_for_bit(training, undisturbed, tmp_path: Path):
     together = training("together", workers=2)
     train_together(together, 2)
@@ -81,16 +55,35 @@ def test_two_workers_that_leave_and_one_that_goes_on_end_in_the_same_weights(tra
     assert differing(end_of(interrupted, tmp_path), undisturbed) == []
 
 
+def test_a_process_that_gets_sigterm_leaves_with_a_checkpoint_and_another_one_goes_on(training):
+    """A process without Ray; under Ray it is ``tests/integration/test_sigterm.py``."""
+    told = training("told", steps=100_000, checkpoint_every_steps=5)
+    process = multiprocessing.get_context("spawn").Process(target=train_as_a_ray_worker_does, args=(told,))
+    process.start()
+    store, deadline = CheckpointStore(told.out), time.monotonic() + 240
+    while not store.complete() and process.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid or 0, signal.SIGTERM)
+    process.join(240)
+    assert process.exitcode == LEFT_EARLY
+    left = store.complete()[-1]
+    assert 5 <= left.step < 100_000
+    assert (left.validation_loss is None) == (left.step % 5 > 0)
+    assert train_alone(told, Leaves(2))[0] == left.step + 2
+
+
+@pytest.mark.slow
 def test_uneven_shares_of_three_micro_batches_differ_by_rounding_alone(training, tmp_path: Path):
     one, two = training("one", micro_batches=3), training("two", micro_batches=3)
     train_alone(one)
     train_together(two, 2)
     ours, theirs = end_of(two, tmp_path / "two-end"), end_of(one, tmp_path / "one-end")
-    assert largest_difference(ours, theirs) < 1e-3
-    # What a wrong weighting of the shares would come to, by the same measure.
+    # 1.4e-5 of the largest weight of a tensor was measured after six steps, with equal validation losses.
+    assert largest_difference(ours, theirs) < 3e-4
+    # What a tenth more or less comes to by the same measure: 0.47.
     other = training("other", micro_batches=3, learning_rate=1.1e-3)
     train_alone(other)
-    assert largest_difference(end_of(other, tmp_path / "other-end"), theirs) > 5e-3
+    assert largest_difference(end_of(other, tmp_path / "other-end"), theirs) > 0.1
 
 
 def test_a_training_goes_on_bit_for_bit_with_an_average_of_its_weights_in_bfloat16(training, tmp_path: Path):
@@ -103,15 +96,16 @@ def test_a_training_goes_on_bit_for_bit_with_an_average_of_its_weights_in_bfloat
     assert differing(end_of(interrupted, tmp_path / "interrupted-end"), end) == []
     # The exported weights are the average, which is no longer where the weights are.
     assert not torch.equal(end["avatar.decoder.texture_fc.weight"], end["weights.decoder.texture_fc.weight"])
-    assert all(value.dtype == torch.float32 for name, value in end.items() if name.startswith(("avatar.", "adam.")))
+    kept = [value for name, value in end.items() if name.startswith(("avatar.", "weights.", "adam."))]
+    assert {value.dtype for value in kept if value.is_floating_point()} == {torch.float32}
 
 
 def test_what_bfloat16_trains_is_close_to_what_float32_does(training, undisturbed, tmp_path: Path):
     rounded = training("rounded", precision="bfloat16")
     train_alone(rounded)
     end = end_of(rounded, tmp_path)
-    assert end["validation_loss"].isfinite()
-    assert end["validation_loss"] == pytest.approx(undisturbed["validation_loss"], rel=0.02)
+    # They differ by 2e-5 of it.
+    assert end["validation_loss"] == pytest.approx(undisturbed["validation_loss"], rel=5e-4)
     assert differing(end, undisturbed) != []
 
 

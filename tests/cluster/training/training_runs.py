@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import sys
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,15 @@ from cluster.training.checkpoints import CheckpointStore
 from cluster.training.loop import Training, train_loop
 from cluster.training.recipe import TrainRecipe
 from cluster.training.state import STATE_FILE
-from cluster.training.worker import Worker
+from cluster.training.worker import Worker, listen_for_sigterm, sigterm_came
 from lipflow.checkpoint import load_avatar
 from lipflow.config import AvatarConfig
+from pipeline.captures.opening import open_capture
+from pipeline.dome.writer import DomeConfig, write_dome
 from pipeline.loading.loader import LoaderConfig
+from pipeline.sharding.shards import ShardConfig, write_shards
+
+LEFT_EARLY = 3
 
 AVATAR = AvatarConfig.small(
     texture_size=32,
@@ -30,6 +37,24 @@ AVATAR = AvatarConfig.small(
     driver_hidden_size=12,
     flow_hidden_size=8,
 )
+
+
+DOME = DomeConfig(
+    cameras=4,
+    image_size_hw=(24, 18),
+    texture_size=32,
+    segments=5,
+    frames_per_segment=3,
+    headset_image_size_hw=(8, 8),
+    supersampling=1,
+)
+
+
+def write_tiny_shards(folder: Path) -> str:
+    """A shard set of 15 frames in ``folder``; returns its URI."""
+    write_dome(DOME, str(folder / "dome"))
+    write_shards(open_capture(str(folder / "dome")), ShardConfig(frames_per_shard=3), str(folder / "shards"))
+    return str(folder / "shards")
 
 
 def tiny(**changes: Any) -> TrainRecipe:
@@ -82,6 +107,17 @@ def _run(rank: int, training: Training, workers: int, port: int, last_leaves_aft
     leaves = Leaves(last_leaves_after if rank == workers - 1 else None)
     train_loop(training, Worker(rank, workers, torch.device("cpu"), lambda metrics: None, leaves))
     torch.distributed.destroy_process_group()
+
+
+def train_as_a_ray_worker_does(training: Training) -> None:
+    """Train in a thread, with the signals in the main one; exits with LEFT_EARLY if steps are left to do."""
+    listen_for_sigterm()
+    worker = Worker(0, 1, torch.device("cpu"), lambda metrics: None, sigterm_came)
+    done: list[int] = []
+    thread = threading.Thread(target=lambda: done.append(train_loop(training, worker)))
+    thread.start()
+    thread.join()
+    sys.exit(0 if done == [training.recipe.steps] else LEFT_EARLY)
 
 
 def end_of(training: Training, folder: Path) -> dict[str, Tensor]:
