@@ -70,7 +70,7 @@ class TrackingConfig(StrictConfig):
         artifact_uri: where a *new* experiment keeps its artifacts, such as ``s3://bucket/artifacts``; None:
             ``LIPFLOW_ARTIFACT_URI``, else ``mlartifacts`` beside the database, or what the server decides.
         wait_s: how long a job waits, at its end, for a store that does not answer.
-        most_waiting_metrics: so many wait in memory at most (700 bytes each) while the store does not answer.
+        most_waiting_metrics: so many wait in memory at most (300 bytes each) while the store does not answer.
         unsent_dir: where ``unsent-metrics/`` goes if metrics could not be sent; None: the job's OUT if it has one, else
             the working folder.
     """

@@ -84,6 +84,25 @@ def test_checkpoint_in_an_outage_keeps_the_metrics_in_a_file_until_they_are_sent
     assert history(brief, run.run_id) == [(1, 0.25)]
 
 
+def test_answer_that_got_lost_makes_no_duplicates(brief, monkeypatch):
+    with tracked_run("train", "job", config=brief) as run:
+        send, answers = run.client.log_batch, []
+
+        def lose_the_first_answer(*arguments, **named):
+            send(*arguments, **named)
+            answers.append(len(named["metrics"]))
+            if len(answers) == 1:
+                away()
+
+        monkeypatch.setattr(run.client, "log_batch", lose_the_first_answer)
+        for step in range(20):
+            run.log_metrics({"loss": step / 8, "bad": float("nan")}, step)
+        run.flush(LONG_S)
+        assert len(answers) > 1
+    assert history(brief, run.run_id) == [(step, step / 8) for step in range(20)]
+    assert [step for step, _ in history(brief, run.run_id, "bad")] == list(range(20))
+
+
 def test_losses_are_stated_in_the_run_beside_those_of_earlier_processes(tracking_config, tmp_path, monkeypatch):
     small = tracking_config.model_copy(update={"most_waiting_metrics": 1000, "unsent_dir": str(tmp_path)})
     with tracked_run("train", "job", config=small) as run:
