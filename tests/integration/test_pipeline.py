@@ -13,9 +13,10 @@ import torch
 from cluster.compare import CompareRecipe, compare
 from cluster.evaluate import EvaluateRecipe, evaluate, evaluate_models
 from cluster.promote import PromoteRecipe, promote_model
+from cluster.records.evaluations import find_scores
 from cluster.records.promotion import PromotionDecision
 from cluster.records.registry import download_model, find_version
-from cluster.records.tracking import KIND_TAG, PARENT_RUN_TAG, SHARDS_DIGEST_TAG, load_table, open_client
+from cluster.records.tracking import KIND_TAG, MODEL_TAG, PARENT_RUN_TAG, SHARDS_DIGEST_TAG, load_table, open_client
 from cluster.scores.evaluation import Evaluation
 from cluster.scores.scoring import calibrate_colors
 from cluster.shard import ShardRecipe, shard
@@ -126,6 +127,22 @@ def test_the_model_is_champion_and_loads(shards, finished: Finished, tmp_path: P
     written = load_avatar(storage.local_path(finished.trained.avatar))
     for name, weights in written.state_dict().items():
         assert torch.equal(weights, registered.state_dict()[name]), name
+
+
+def test_the_version_and_its_runs_lead_to_the_scores_and_the_card_tells_them(shards, finished: Finished):
+    sheet = finished.evaluation.sheet
+    for uri in (finished.trained.model, f"runs:/{finished.trained.run_id}", f"runs:/{finished.evaluation.run_id}"):
+        assert find_scores(uri or "", shards.tracking, sheet.name) == sheet, uri
+    rows = load_table(shards.tracking, finished.evaluation.run_id, "scores.json")
+    assert [(row["frame_id"], row["latent"], row["iterations"]) for row in rows] == [
+        (score.frame_id, score.latent, score.iterations) for score in sheet.scores
+    ]
+    client = open_client(shards.tracking)
+    assert client.get_run(finished.evaluation.run_id).data.tags[MODEL_TAG] == finished.trained.model
+    card = find_version(client, "lipflow", "champion").description
+    assert f"| fitted.psnr_db | {finished.evaluation.metrics()['fitted.psnr_db']:.6g} |" in card
+    assert f"captures: {ShardSet.open(shards.uri).manifest.captures[0].uri}" in card
+    assert {row.signal for row in finished.decision.rows} == {"fitted", "encoder", *DRIVING_SIGNALS}
 
 
 def test_evaluation_has_all_quadrants_and_every_signal_before_and_after_the_fit(finished: Finished):

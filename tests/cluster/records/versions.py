@@ -23,7 +23,9 @@ def add_version(config: TrackingConfig, name: str, sheet: ScoreSheet | None = No
         client = training.client
         if not [model for model in client.search_registered_models() if model.name == name]:
             client.create_registered_model(name)
-        created = client.create_model_version(name, "file:///nowhere", training.run_id)
+        # Servers take no other local folder than the run's.
+        source = f"{client.get_run(training.run_id).info.artifact_uri}/avatar"
+        created = client.create_model_version(name, source, training.run_id)
         version = AvatarVersion(name, str(created.version), training.run_id)
         client.set_registered_model_alias(name, CHALLENGER, version.version)
     if sheet is not None:
