@@ -189,11 +189,12 @@ def _end(name: str, details: JobDetails) -> JobEnd:
 @contextmanager
 def _cluster_errors(address: str) -> Iterator[None]:
     """What Ray's client raises, as one line of ours."""
+    from ray.exceptions import RayError
     from requests import RequestException
 
     try:
         yield
-    except (ConnectionError, RuntimeError, ValueError, RequestException, OSError) as error:
+    except (RayError, RuntimeError, ValueError, RequestException, OSError) as error:
         reason = " ".join(str(error).split())
         if any(word in reason for word in ("401", "403", "uthenticat", "token", "nauthorized")):
             raise ClusterError(

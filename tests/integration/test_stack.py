@@ -11,9 +11,11 @@ import time
 from ipaddress import ip_address
 from pathlib import Path
 
+import boto3
 import psutil
 import pytest
 import requests
+from botocore.exceptions import ClientError
 
 from cluster.services.processes import running
 from cluster.services.servers import listening
@@ -41,9 +43,11 @@ def test_s3_without_a_key_or_with_a_wrong_one_is_refused(stack: RunningStack):
     bucket = f"{stack.variables['AWS_ENDPOINT_URL']}/lipflow"
     assert 400 <= requests.get(bucket, timeout=30).status_code < 500
     assert 400 <= requests.put(f"{bucket}/object", data=b"x", timeout=30).status_code < 500
-    wrong = stack.run("verify", "s3://lipflow/x", AWS_SECRET_ACCESS_KEY="0" * 40)
-    assert wrong.returncode == 2
-    assert "lipflow: error: " in wrong.stderr
+    credentials = {"aws_access_key_id": stack.variables["AWS_ACCESS_KEY_ID"], "aws_secret_access_key": "0" * 40}
+    endpoint = stack.variables["AWS_ENDPOINT_URL"]
+    stranger = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1", **credentials)
+    with pytest.raises(ClientError, match=r"403|Denied|SignatureDoesNotMatch"):
+        stranger.put_object(Bucket="lipflow", Key="object", Body=b"x")
     assert not (stack.folder / "objects" / "lipflow" / "object").exists()
 
 
