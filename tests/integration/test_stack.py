@@ -115,6 +115,7 @@ def test_a_server_that_died_is_seen_and_started_again_alone(stack: RunningStack)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_ctrl_c_leaves_a_job_running_and_its_name_finds_it_again(stack: RunningStack):
     command = ("submit", "synth", "--submission-id", "long", "s3://lipflow/long", "--", "--cameras", "30")
     command += ("--segments", "20", "--frames-per-segment", "50", "--image-size", "512x384")
