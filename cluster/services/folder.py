@@ -93,7 +93,8 @@ def new_record(folder: Path, bucket: str) -> StackRecord:
     """The record of a stack that never ran."""
     ray_folder = folder / "ray"
     if len(str(ray_folder)) > LONGEST_RAY_FOLDER:
-        ray_folder = Path(tempfile.mkdtemp(prefix="lf-ray-"))
+        # Ray opens its folder to everybody; the one above stays this user's own.
+        ray_folder = Path(tempfile.mkdtemp(prefix="lf-ray-"), "ray")
     return StackRecord(mark=secrets.token_hex(16), ray_folder=str(ray_folder), bucket=bucket)
 
 

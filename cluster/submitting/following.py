@@ -52,6 +52,8 @@ class Follower:
         return None
 
     def _until_ended(self) -> JobEnd:
+        from aiohttp import ClientError
+
         last_answer_s = time.monotonic()
         while True:
             try:
@@ -60,7 +62,7 @@ class Follower:
                 if end is not None:
                     return end
                 last_answer_s = time.monotonic()
-            except (ClusterError, RuntimeError, OSError) as error:
+            except (ClusterError, ClientError, RuntimeError, OSError) as error:
                 if time.monotonic() - last_answer_s > OUTAGE_S:
                     raise ClusterError(
                         f"the cluster at {self._jobs.address} has not answered for {OUTAGE_S:g} s ({error}); the job "

@@ -44,7 +44,7 @@ class JobEnd:
     Attributes:
         submission_id: its name.
         status: SUCCEEDED, FAILED or STOPPED.
-        exit_code: of its process; 1 if it had none.
+        exit_code: of its process, 128 + N if signal N ended it; 1 if it had none.
         message: what Ray says about it.
     """
 
@@ -181,19 +181,21 @@ def _numbered(name: str) -> Iterator[str]:
 
 def _end(name: str, details: JobDetails) -> JobEnd:
     succeeded = details.status.value == "SUCCEEDED"
-    code = details.driver_exit_code
-    exit_code = 0 if succeeded else code if code else 1
+    code = details.driver_exit_code or 1
+    # Ended by a signal: as a shell says it.
+    exit_code = 0 if succeeded else code if code > 0 else 128 - code
     return JobEnd(name, details.status.value, exit_code, " ".join((details.message or "").split()))
 
 
 @contextmanager
 def _cluster_errors(address: str) -> Iterator[None]:
     """What Ray's client raises, as one line of ours."""
+    from ray.exceptions import RayError
     from requests import RequestException
 
     try:
         yield
-    except (ConnectionError, RuntimeError, ValueError, RequestException, OSError) as error:
+    except (RayError, RuntimeError, ValueError, RequestException, OSError) as error:
         reason = " ".join(str(error).split())
         if any(word in reason for word in ("401", "403", "uthenticat", "token", "nauthorized")):
             raise ClusterError(

@@ -79,10 +79,14 @@ def pack(tree: Path, archive: Path, extra: dict[str, Path] | None = None) -> Pac
         extra: further files by their names in the archive.
 
     Raises:
-        ConfigError: the tree is too large; the largest files are named.
+        ConfigError: the tree is too large (the largest files are named) or empty.
     """
     names, keys = _chosen(tree)
     sources = {name: tree / name for name in names} | (extra or {})
+    if not sources:
+        raise ConfigError(
+            f"{tree} holds nothing to send: choose another --working-dir (files that git ignores stay here)"
+        )
     sizes = {name: path.stat().st_size for name, path in sources.items()}
     total = sum(sizes.values())
     if total > LARGEST_PACKAGE_BYTES:

@@ -151,6 +151,17 @@ def test_a_server_that_cannot_start_is_named_with_its_log_and_nothing_stays_up(t
     assert "Starting s3 server" in (tmp_path / "logs" / "s3.log").read_text()
 
 
+def test_ray_s_folder_has_a_short_name_and_is_out_of_the_reach_of_others(tmp_path: Path):
+    inside = stack_folder.new_record(Path("/home/nobody/.lipflow/stack"), "lipflow").ray_folder
+    assert inside == "/home/nobody/.lipflow/stack/ray"
+    outside = Path(stack_folder.new_record(tmp_path / ("x" * 60), "lipflow").ray_folder)
+    try:
+        assert len(str(outside)) <= stack_folder.LONGEST_RAY_FOLDER
+        assert stat.S_IMODE(outside.parent.stat().st_mode) == 0o700
+    finally:
+        outside.parent.rmdir()
+
+
 def test_without_a_stack_there_is_nothing_to_show_or_to_end(tmp_path: Path):
     for action in (stack_down, stack_status):
         with pytest.raises(StackError, match=r"there is no stack in .*lipflow stack up"):

@@ -94,6 +94,8 @@ def test_a_tree_that_is_too_large_is_refused_with_its_largest_files(
     ):
         pack(tree, tmp_path / "tree.zip")
     assert not (tmp_path / "tree.zip").exists()
+    with pytest.raises(ConfigError, match="holds nothing to send"):
+        pack(tree / "ignored", tmp_path / "tree.zip")
 
 
 def test_the_tree_is_that_of_git_and_its_version_says_whether_it_was_changed(tree: Path, tmp_path: Path):

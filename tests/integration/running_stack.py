@@ -44,11 +44,11 @@ class RunningStack:
         both = clean_environment() | self.variables | changes
         return {name: value for name, value in both.items() if value is not None}
 
-    def start(self, *arguments: str, **changes: str | None) -> subprocess.Popen[str]:
+    def start(self, *arguments: str, stdin: int = subprocess.DEVNULL, **changes: str | None) -> subprocess.Popen[str]:
         """A ``lipflow`` command, running."""
         return subprocess.Popen(
             [sys.executable, "-m", "cluster.cli", *arguments],
-            stdin=subprocess.DEVNULL,
+            stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
