@@ -233,3 +233,13 @@ def test_a_trial_that_ended_after_its_last_record_is_completed_when_the_ledger_i
     ledger.add(0, {})
     storage.write_bytes(f"{ledger.folder(0)}/train.json", json.dumps({"validation_loss": 1.5}).encode())
     assert Ledger.load(str(tmp_path)).records[0].state == "completed"
+
+
+def test_a_ledger_on_s3_reads_back(s3_server):
+    ledger = Ledger(s3_server.uri("sweeps", "ledger"))
+    ledger.add(0, {"learning_rate": 1e-3, "loader.signals": ["hmc"]})
+    ledger.report(0, GRACE, 1.5, stopped=False)
+    ledger.add(1, {})
+    ledger.report(1, GRACE, 2.5, stopped=True)
+    assert Ledger.load(ledger.out_uri).records == ledger.records
+    assert [record.state for record in ledger.all()] == ["running", "stopped"]
