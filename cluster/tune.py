@@ -18,11 +18,12 @@ from their last checkpoints. ``OUT`` holds::
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
@@ -36,7 +37,7 @@ from cluster.command import JsonOption, RecipeOption, SetOption
 from cluster.evaluate import evaluate
 from cluster.recipe import load_recipe
 from cluster.records.redaction import flatten, redact
-from cluster.records.run import Run
+from cluster.records.run import Run, TrackingError
 from cluster.records.tracking import initialise, tracked_run
 from cluster.reports.tune_report import write_tune_report
 from cluster.runtime import progress_bar, ray_cluster
@@ -160,7 +161,8 @@ def tune(shards_uri: str, out_uri: str, recipe: TuneRecipe) -> TuneSummary:
         try:
             _search(shards_uri, ledger, recipe, run, runs)
         except BaseException:
-            runs.close("interrupted")
+            with suppress(TrackingError):
+                runs.close("interrupted")
             raise
         runs.close("lost")
         best = ledger.winner()
@@ -176,6 +178,8 @@ def tune(shards_uri: str, out_uri: str, recipe: TuneRecipe) -> TuneSummary:
             folder = storage.join(out_uri, EVALUATION_FOLDER)
             evaluate(trained.model or trained.avatar, shards_uri, folder, settings, parent_run=trained.run_id)
         base = ledger.records[0].loss
+        if base is not None and not math.isfinite(base):
+            base = None
         run.log_metrics({"best/val_loss": best.loss or 0.0, "best/trial": best.number})
         summary = TuneSummary(
             trials=len(ledger.records),

@@ -8,6 +8,7 @@ reported and how it ended, written by the submitter alone, whole files at a time
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
@@ -143,7 +144,12 @@ class Ledger:
 
     def best(self) -> TrialRecord | None:
         """The completed trial of the lowest loss; of equal ones the first."""
-        return min(self.in_state("completed"), key=lambda record: record.loss, default=None)  # type: ignore[arg-type,return-value]
+        ranked = [
+            (record.loss, record.number)
+            for record in self.in_state("completed")
+            if record.loss is not None and math.isfinite(record.loss)
+        ]
+        return self.records[min(ranked)[1]] if ranked else None
 
     def winner(self) -> TrialRecord:
         """The best trial of a sweep in which nothing is left to be run.
@@ -159,10 +165,11 @@ class Ledger:
             )
         best = self.best()
         if best is None:
+            first = f"; the first, trial {failed[0].number}: {failed[0].error}" if failed else ""
             raise SweepError(
-                f"no trial got to the end of its budget, and {len(failed)} of {len(self.records)} failed; the first, "
-                f"trial {failed[0].number}: {failed[0].error}; correct the base recipe or the space, and give another "
-                "OUT"
+                "no trial got to the end of its budget with a finite loss, and "
+                f"{len(failed)} of {len(self.records)} failed{first}; correct the base recipe or the space, and give "
+                "another OUT"
             )
         return best
 

@@ -74,8 +74,8 @@ class TrialRuns:
         with store_errors(self._run.uri):
             for key, value in tags.items():
                 client.set_tag(run_id, key, value)
-            if record.state == "stopped":
-                client.set_terminated(run_id, status="KILLED")
+            if record.state in ("stopped", "failed"):
+                client.set_terminated(run_id, status="KILLED" if record.state == "stopped" else "FAILED")
         self._noted[record.number] = record.state
 
     def _run_of(self, number: int) -> str | None:

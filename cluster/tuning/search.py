@@ -208,6 +208,9 @@ class LedgerHalving(FIFOScheduler):
             self._reported(note(number, failure.error))
         elif TIME in result and self._recipe.metric in result and record.state == "running":
             step, loss = result[TIME], result[self._recipe.metric]
+            if not math.isfinite(loss) and number > 0:
+                self._reported(self._ledger.fail(number, f"the validation loss is {loss} at step {step}"))
+                return TrialScheduler.STOP
             # A trial that was restarted may report a step again.
             if step > record.last_step:
                 decision = self._decide(number, step, loss)
@@ -228,7 +231,7 @@ class LedgerHalving(FIFOScheduler):
 
     def _decide(self, number: int, step: int, loss: float) -> str:
         if not math.isfinite(loss):
-            return TrialScheduler.STOP if number > 0 else TrialScheduler.CONTINUE
+            return TrialScheduler.CONTINUE
         known: Any = _Known(str(number))
         controller: Any = None  # which ASHA does not look at
         if number not in self._seen:

@@ -49,8 +49,12 @@ class Uniform(StrictConfig):
         return self
 
     def corners(self) -> tuple[Value, ...]:
-        """Values at which the dimension is tried before the sweep."""
+        """Values at which the space is tried before the sweep."""
         return (self.low, self.high)
+
+    def inner(self) -> tuple[Value, ...]:
+        """A value between: a setting of whole numbers takes whole corners, and nothing that is drawn between."""
+        return (self.low + 0.382 * (self.high - self.low),)
 
     def distribution(self) -> BaseDistribution:
         """As Optuna draws it."""
@@ -96,8 +100,12 @@ class Int(StrictConfig):
         return self
 
     def corners(self) -> tuple[Value, ...]:
-        """Values at which the dimension is tried before the sweep."""
+        """Values at which the space is tried before the sweep."""
         return (self.low, self.high)
+
+    def inner(self) -> tuple[Value, ...]:
+        """A value between: a setting of multiples of 4 takes such corners, and not every number between."""
+        return (self.low + self.step,)
 
     def distribution(self) -> BaseDistribution:
         """As Optuna draws it."""
@@ -133,8 +141,12 @@ class Choice(StrictConfig):
         return self
 
     def corners(self) -> tuple[Value, ...]:
-        """Values at which the dimension is tried before the sweep."""
+        """Values at which the space is tried before the sweep."""
         return self.values
+
+    def inner(self) -> tuple[Value, ...]:
+        """Nothing: all values are corners."""
+        return ()
 
     def distribution(self) -> BaseDistribution:
         """As Optuna draws it."""
@@ -268,7 +280,7 @@ def check_space(base: TrainRecipe, space: Space) -> None:
         if reason is not None:
             raise ValueError(f"space.{key} may not be searched: {reason}; leave it out")
     for key, dimension in space.items():
-        for value in dimension.corners():
+        for value in (*dimension.corners(), *dimension.inner()):
             try:
                 with_values(base, {key: value})
             except ValidationError as error:

@@ -39,7 +39,8 @@ def records() -> list[TrialRecord]:
         values = propose([], SWEEP.searched, 1, number)
         loss = 1.0 + abs(math.log10(float(values["learning_rate"])) + 2.5)  # type: ignore[arg-type]
         reports = ((10, loss), (20, loss / 2)) if number % 2 else ((10, loss), (80, loss / 3))
-        found.append(TrialRecord(number, values, "stopped" if number % 2 else "completed", reports, loss / 3))
+        ended: Any = ("stopped", None) if number % 2 else ("completed", loss / 3)
+        found.append(TrialRecord(number, values, ended[0], reports, ended[1]))
     found[1] = TrialRecord(1, found[1].values, "failed", error='NonFiniteLossError: image, "frame"')
     return found
 

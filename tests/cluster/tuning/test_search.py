@@ -138,11 +138,16 @@ def test_halving_stops_the_worse_and_spares_the_base_and_the_last_step(tmp_path:
     assert reporting(scheduler, 1, BUDGET, 7.0) == TrialScheduler.CONTINUE
 
 
-def test_a_loss_that_is_no_number_stops_a_trial(tmp_path: Path):
+def test_a_loss_that_is_no_number_ends_a_trial_and_never_wins(tmp_path: Path):
     ledger = Ledger(str(tmp_path))
-    ledger.add(0, {})
-    ledger.add(1, {})
+    for number in range(3):
+        ledger.add(number, {})
     assert reporting(halving(ledger, recipe()), 1, GRACE, math.nan) == TrialScheduler.STOP
+    assert ledger.records[1].state == "failed"
+    for number, loss in ((0, math.nan), (2, 3.0)):
+        storage.write_bytes(f"{ledger.folder(number)}/train.json", json.dumps({"validation_loss": loss}).encode())
+        ledger.settle(number)
+    assert ledger.winner().number == 2
 
 
 def test_a_reported_error_ends_a_trial_for_good_or_for_now(tmp_path: Path):
@@ -233,3 +238,13 @@ def test_a_trial_that_ended_after_its_last_record_is_completed_when_the_ledger_i
     ledger.add(0, {})
     storage.write_bytes(f"{ledger.folder(0)}/train.json", json.dumps({"validation_loss": 1.5}).encode())
     assert Ledger.load(str(tmp_path)).records[0].state == "completed"
+
+
+def test_a_ledger_on_s3_reads_back(s3_server):
+    ledger = Ledger(s3_server.uri("sweeps", "ledger"))
+    ledger.add(0, {"learning_rate": 1e-3, "loader.signals": ["hmc"]})
+    ledger.report(0, GRACE, 1.5, stopped=False)
+    ledger.add(1, {})
+    ledger.report(1, GRACE, 2.5, stopped=True)
+    assert Ledger.load(ledger.out_uri).records == ledger.records
+    assert [record.state for record in ledger.all()] == ["running", "stopped"]

@@ -62,6 +62,18 @@ def test_a_bad_dimension_is_refused_when_the_recipe_is_built(dimension: dict, sa
         TuneRecipe(space={"learning_rate": dimension})
 
 
+@pytest.mark.parametrize(
+    ("key", "dimension"),
+    [
+        ("avatar.latent_size", {"kind": "uniform", "low": 16, "high": 64}),
+        ("avatar.driver_hidden_size", {"kind": "int", "low": 64, "high": 128}),
+    ],
+)
+def test_a_dimension_whose_corners_alone_are_legal_is_refused(key: str, dimension: dict):
+    with pytest.raises(ValidationError, match=f"space.{key} holds .*, which train does not take"):
+        TuneRecipe(space={key: dimension})
+
+
 def test_values_that_are_legal_alone_and_not_together_are_refused():
     space = {
         "avatar.method": {"kind": "choice", "values": ["lipflow", "conditional"]},
@@ -118,7 +130,7 @@ def test_what_optuna_draws_lies_in_the_dimension_and_survives_the_round_trip(dim
 @settings(deadline=None)
 @given(dimension=dimensions)
 def test_corners_lie_in_their_dimension(dimension):
-    assert all(dimension.holds(value) for value in dimension.corners())
+    assert all(dimension.holds(value) for value in (*dimension.corners(), *dimension.inner()))
 
 
 def test_a_trial_differs_from_the_base_in_the_searched_settings_and_the_budget_alone():
