@@ -126,13 +126,14 @@ def train_loop(training: Training, worker: Worker) -> int:
             due = state.step % recipe.checkpoint_every_steps == 0 or state.step == recipe.steps
             pictured = recipe.pictures_every_steps is not None and state.step % recipe.pictures_every_steps == 0
             # Who has to leave may not have the time to validate.
-            if due:
-                loss = validation.loss(objective, state.exported)
-                if first:
-                    reporter.validated(state.step, loss)
+            loss = validation.loss(objective, state.exported) if due else None
+            if first and loss is not None:
+                reporter.validated(state.step, loss)
+            if first and (due or leaving):
+                writer.write(state.copy, state.step, loss)
+            # Last, as it may have to wait for all workers and for the one before.
+            if loss is not None:
                 worker.report({"step": state.step, "val_loss": loss})
-            if (due or leaving) and first:
-                writer.write(state.copy, state.step, loss if due else None)
             if pictured and first and validation.batches:
                 sheet = comparison_sheet(state.exported, renderer, validation.batches, f"step {state.step}")
                 reporter.pictured(state.step, sheet)
