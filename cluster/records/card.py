@@ -28,10 +28,10 @@ LONGEST_DESCRIPTION = 5000
 
 _EVALUATION = "## Evaluation"
 _DEVIATIONS = """\
-Of this implementation from *LiP-Flow* (Aksan et al., 2022) and *Multiface* (Wuu et al., 2022), whatever the settings:
+Of this implementation from *LiP-Flow* (Aksan et al., 2022) and *Multiface* (Wuu et al., 2022):
 
 - One avatar has several drivers: headset views, frontal image and landmarks share z, decoder and flow, are trained
-  together, and are fused as a product of Gaussians. The paper trains for one signal.
+  together, and are fused as a product of Gaussians.
 - The latent term is a single-sample estimate of KL(Q || P) with Q's analytic entropy, unless the recipe says
   `latent_estimate: likelihood`.
 - The fit weighs the prior by its density of y = f(z), which is highest at the driver's own answer, unless
