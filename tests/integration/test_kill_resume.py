@@ -19,11 +19,13 @@ from cluster.records.tracking import TrackingConfig
 from cluster.scores.scene import context_of
 from cluster.train import train
 from cluster.training.checkpoints import CheckpointStore
+from cluster.training.loop import Training
 from cluster.training.recipe import TrainRecipe
 from lipflow.checkpoint import save_avatar
 from lipflow.config import AvatarConfig
 from lipflow.model.avatar import Avatar
 from pipeline.loading.loader import ShardSet
+from tests.cluster.training.training_runs import differing, end_of
 
 # Raised inside MLflow, about its own use of SQLAlchemy.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")
@@ -139,7 +141,8 @@ def test_a_killed_training_continues_and_ends_in_the_same_weights(shards, settin
     undisturbed = train(shards.uri, str(tmp_path / "undisturbed"), settings)
     assert undisturbed.resumed_from_step == 0
     assert summary["validation_loss"] == undisturbed.validation_loss
-    ends = [_checkpoints(tmp_path / name)[STEPS] for name in ("killed", "undisturbed")]
-    for name in ("avatar/weights.safetensors", "state.pt"):
-        ours, theirs = ((end / name).read_bytes() for end in ends)
-        assert ours == theirs, name
+    ends = [
+        end_of(Training(settings, shards.uri, str(tmp_path / name)), tmp_path) for name in ("killed", "undisturbed")
+    ]
+    assert differing(*ends) == []
+    assert ends[0]["step"] == STEPS
