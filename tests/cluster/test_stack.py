@@ -7,6 +7,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -44,6 +45,12 @@ def _wait_for(condition) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+@pytest.fixture
+def own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Ray's folder goes if its name would be too long, so that nothing stays behind."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
 
 @pytest.fixture
@@ -100,6 +107,7 @@ def test_variables_come_back_from_the_file_and_from_a_shell(tmp_path: Path):
     assert all(f"{name!r}: {value!r}" in shown for name, value in variables.items())
 
 
+@pytest.mark.usefixtures("own_temporary_folder")
 def test_servers_get_no_secrets_but_the_stack_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     foreign = {
         "GITHUB_TOKEN": "ghp_foreign",
@@ -124,6 +132,7 @@ def test_servers_get_no_secrets_but_the_stack_s_own(tmp_path: Path, monkeypatch:
 _PORTS = ("s3", "mlflow", "ray", "dashboard", "dashboard_agent", "ray_client")
 
 
+@pytest.mark.usefixtures("own_temporary_folder")
 def test_a_port_that_is_taken_or_is_one_of_ray_s_workers_is_refused(tmp_path: Path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -136,6 +145,7 @@ def test_a_port_that_is_taken_or_is_one_of_ray_s_workers_is_refused(tmp_path: Pa
     assert stack_folder.open_record(tmp_path) is None
 
 
+@pytest.mark.usefixtures("own_temporary_folder")
 def test_a_server_that_cannot_start_is_named_with_its_log_and_nothing_stays_up(tmp_path: Path):
     stack_folder.make_folder(tmp_path)
     (tmp_path / "mlflow.db").write_text("this is no database" * 100)
