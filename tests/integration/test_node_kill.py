@@ -24,7 +24,7 @@ from tests.integration.ray_nodes import RayNodes, ray_nodes
 # Raised inside MLflow, about its own use of SQLAlchemy.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")
 
-STEPS = 24
+STEPS, EVERY = 80, 8
 WAIT_S = 280
 REPETITIONS = 20
 
@@ -43,7 +43,7 @@ class Undisturbed:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     root = tmp_path_factory.mktemp("undisturbed")
     shards = write_tiny_shards(root)
-    training = Training(tiny(steps=STEPS, checkpoint_every_steps=4), shards, str(root / "out"))
+    training = Training(tiny(steps=STEPS, checkpoint_every_steps=EVERY), shards, str(root / "out"))
     began = time.monotonic()
     train_alone(training)
     seconds_a_step = (time.monotonic() - began) / STEPS
@@ -63,7 +63,9 @@ class Submitted:
 
     def __init__(self, nodes: RayNodes, undisturbed: Undisturbed, folder: Path, *options: str):
         self.out = folder / "out"
-        recipe = tiny(steps=STEPS, checkpoint_every_steps=4, workers=2, tracking=undisturbed.tracking, register_as=None)
+        recipe = tiny(
+            steps=STEPS, checkpoint_every_steps=EVERY, workers=2, tracking=undisturbed.tracking, register_as=None
+        )
         dump_recipe(recipe, folder / "recipe.yaml")
         command = [sys.executable, "-m", "cluster.cli", "train", undisturbed.shards, str(self.out), "--json"]
         command += ["--recipe", str(folder / "recipe.yaml"), *options]
@@ -72,14 +74,18 @@ class Submitted:
             self._process = subprocess.Popen(command, stdout=summary, stderr=log, env=nodes.environment())
         self._summary = folder / "summary.json"
 
-    def wait_for_a_checkpoint(self) -> int:
-        """The step of the latest checkpoint, as soon as there is one."""
-        store, deadline = CheckpointStore(str(self.out)), time.monotonic() + WAIT_S
+    def latest_step(self) -> int:
+        """Of the latest checkpoint; 0 as long as there is none."""
+        found = CheckpointStore(str(self.out)).complete()
+        return found[-1].step if found else 0
+
+    def wait_for_a_checkpoint(self, step: int = EVERY) -> None:
+        """Return as soon as there is one of ``step`` or later."""
+        deadline = time.monotonic() + WAIT_S
         while time.monotonic() < deadline and self._process.poll() is None:
-            found = store.complete()
-            if found:
-                return found[-1].step
-            time.sleep(0.05)
+            if self.latest_step() >= step:
+                return
+            time.sleep(0.02)
         raise AssertionError(f"no checkpoint appeared: {self._log.read_text()[-2000:]}")
 
     def wait(self) -> dict:
@@ -88,7 +94,8 @@ class Submitted:
             assert self._process.wait(timeout=WAIT_S) == 0, self._log.read_text()[-4000:]
         finally:
             self.kill()
-        return json.loads(self._summary.read_text())
+        # Ray tells of the lost node on standard output as well.
+        return json.loads("{" + self._summary.read_text().rpartition("{\n")[2])
 
     def kill(self) -> None:
         """End the driver, if it is still there."""
@@ -103,10 +110,11 @@ def _end(submitted: Submitted, undisturbed: Undisturbed, folder: Path) -> dict[s
 def _kill_a_node_and_compare(nodes: RayNodes, undisturbed: Undisturbed, folder: Path, chance: random.Random) -> None:
     submitted = Submitted(nodes, undisturbed, folder)
     try:
-        step = submitted.wait_for_a_checkpoint()
-        # A moment in the rest of the training, if it goes on as fast as it did alone.
-        time.sleep(chance.uniform(0, max(0, STEPS - 4 - step)) * undisturbed.seconds_a_step)
+        # Between two checkpoints of the first half, if it goes on about as fast as it did alone.
+        submitted.wait_for_a_checkpoint(EVERY * chance.randrange(1, STEPS // EVERY // 2))
+        time.sleep(chance.uniform(0, EVERY) * undisturbed.seconds_a_step)
         nodes.kill(chance.randrange(2))
+        assert submitted.latest_step() < STEPS
         nodes.add()
         summary = submitted.wait()
     finally:
@@ -134,6 +142,7 @@ def test_one_node_goes_on_alone_and_ends_in_the_same_weights(nodes, undisturbed,
     try:
         submitted.wait_for_a_checkpoint()
         nodes.kill(1)
+        assert submitted.latest_step() < STEPS
         submitted.wait()
     finally:
         submitted.kill()
