@@ -16,12 +16,13 @@ from cluster.evaluate import EvaluateRecipe
 from cluster.recipe import load_recipe
 from cluster.shard import ShardRecipe
 from cluster.train import TrainRecipe
+from cluster.tuning.recipe import TuneRecipe
 from tests.infra.manifests import INFRA, Document, ray_jobs
 
 RECIPES = "/opt/lipflow/recipes/"
 """Where the images keep infra/recipes."""
 
-CLASSES = {"shard": ShardRecipe, "train": TrainRecipe, "evaluate": EvaluateRecipe}
+CLASSES = {"shard": ShardRecipe, "train": TrainRecipe, "evaluate": EvaluateRecipe, "tune": TuneRecipe}
 
 
 def job_name(job: Document) -> str:
@@ -69,7 +70,10 @@ def test_training_workers_of_the_full_recipes_fill_a_node_and_fit_it():
     for path in sorted(Path(INFRA, "recipes").glob("full-*.yaml")):
         if path.stem in ("full-shard", "full-evaluate"):
             continue
-        recipe = load_recipe(TrainRecipe, str(path), ["model=m"] if path.stem == "full-drivers" else [])
+        if path.stem == "full-tune":
+            recipe = load_recipe(TuneRecipe, str(path)).train
+        else:
+            recipe = load_recipe(TrainRecipe, str(path), ["model=m"] if path.stem == "full-drivers" else [])
         assert recipe.use_gpu
         on_a_node = int(limits["nvidia.com/gpu"])
         assert recipe.workers % on_a_node == 0

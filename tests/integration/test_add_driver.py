@@ -86,7 +86,7 @@ def test_terms_and_guards_are_tracked(added: Added):
         f"train/{name}"
         for name in (
             *("latent", "latent_keypoints", "prior_image", "prior_geometry"),
-            *("posterior_std", "total", "gradient_norm"),
+            *("posterior_std", "total", "gradient_norm", "learning_rate"),
         )
     }
 
