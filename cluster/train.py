@@ -28,13 +28,11 @@ import ray
 import typer
 import yaml
 from ray.train import (
-    ControllerError,
     FailureConfig,
     RunConfig,
     ScalingConfig,
     TrainingFailedError,
     UserCallback,
-    WorkerGroupError,
 )
 from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -48,14 +46,16 @@ from cluster.records.registry import register_avatar
 from cluster.records.run import Run
 from cluster.records.tracking import initialise, tracked_run
 from cluster.runtime import progress_bar, ray_cluster, unwrapped
+from cluster.training.board import ProgressBoard
 from cluster.training.checkpoints import CheckpointStore
+from cluster.training.failures import FailAtOnce, worker_error
 from cluster.training.loop import Training, train_worker
 from cluster.training.process_group import NodeTorchConfig
 from cluster.training.recipe import TrainRecipe
 from cluster.training.state import AVATAR_FOLDER
 from cluster.training.trained_model import TrainedModel, fetched, resolved
 from lipflow.checkpoint import load_avatar
-from lipflow.errors import ConfigError, LipflowError, StorageError
+from lipflow.errors import ConfigError, StorageError
 from pipeline import storage
 from pipeline.loading.loader import ShardSet
 
@@ -102,42 +102,6 @@ class TrainSummary:
     seconds: float
     resumed_from_step: int
     model: str | None
-
-
-class ProgressBoard:
-    """Where rank 0 notes its progress and the submitter's terminal reads it."""
-
-    def __init__(self) -> None:
-        self._step, self._note = 0, "starting workers"
-        self._first_step: int | None = None
-
-    def update(self, step: int, note: str) -> None:
-        """Note the number of steps done."""
-        self._step, self._note = step, note
-
-    def started(self, step: int) -> None:
-        """Note the step at which the workers of this submission first started."""
-        if self._first_step is None:
-            self._first_step = step
-        self._step, self._note = step, "training"
-
-    def read(self) -> tuple[int, str, int | None]:
-        """(steps done, note, first step of this submission)."""
-        return self._step, self._note, self._first_step
-
-
-class FailAtOnce(UserCallback):
-    """Ends a training whose workers raised an error of ours: the same one would come again after every restart.
-
-    It runs in Ray Train's controller, which never repeats after an error of its own. Lost workers and errors that
-    are not ours are left to ``max_failures``.
-    """
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Raise the first error of ours, if there is one."""
-        for error in map(_raised_by_worker, worker_exceptions.values()):
-            if isinstance(error, LipflowError):
-                raise error
 
 
 def train(
@@ -276,7 +240,7 @@ def _fit(training: Training, board: Any, callbacks: Sequence[UserCallback]) -> N
             while (steps_done := _steps_done(_trainer(training, callbacks).fit())) < recipe.steps:
                 board.update.remote(steps_done, "a worker had to leave, starting again")
         except TrainingFailedError as error:
-            raise unwrapped(_worker_error(error)) from error
+            raise unwrapped(worker_error(error)) from error
         finally:
             finished.set()
             follower.join()
@@ -309,20 +273,6 @@ def _trainer(training: Training, callbacks: Sequence[UserCallback]) -> TorchTrai
             callbacks=[FailAtOnce(), *callbacks],  # type: ignore[list-item]
         ),
     )
-
-
-def _worker_error(error: TrainingFailedError) -> BaseException:
-    """What ended the training: the error that :class:`FailAtOnce` raised, or the first worker's, or ``error``."""
-    if isinstance(error, ControllerError):
-        return error.controller_failure
-    if isinstance(error, WorkerGroupError):
-        return next(map(_raised_by_worker, error.worker_failures.values()), error)
-    return error
-
-
-def _raised_by_worker(error: BaseException) -> BaseException:
-    """What the training function raised; Ray Train offers no public way out of its wrapper."""
-    return getattr(error, "_base_exc", error)
 
 
 def _register(folder: Path, run: Run, recipe: TrainRecipe, shards: ShardSet) -> str | None:

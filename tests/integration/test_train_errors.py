@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from cluster.records.tracking import ERROR_TAG, TrackingConfig, open_client
-from cluster.train import FailAtOnce, train
+from cluster.train import train
+from cluster.training.failures import FailAtOnce
 from lipflow.config import LossConfig
 from lipflow.errors import ConfigError
 from lipflow.losses import NonFiniteLossError
