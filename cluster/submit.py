@@ -19,10 +19,11 @@ import typer
 
 from cluster import command
 from cluster.command import JsonOption, console
+from cluster.records.code_version import tree_version
 from cluster.submitting.environment import WHERE_SECRETS_BELONG, check_arguments, environment_to_send
 from cluster.submitting.following import Follower
 from cluster.submitting.jobs import Job, Jobs
-from cluster.submitting.package import SENT_FOLDER, code_version, pack, working_tree
+from cluster.submitting.package import SENT_FOLDER, pack, working_tree
 from lipflow.errors import ConfigError
 from pipeline import storage
 
@@ -66,7 +67,7 @@ def submit_job(
     tree = working_dir.resolve() if working_dir is not None else working_tree(Path.cwd())
     arguments, extra = _with_recipes(arguments, tree)
     jobs_there = Jobs.at(address)
-    version = os.environ.get("LIPFLOW_CODE_VERSION") or code_version(tree)
+    version = os.environ.get("LIPFLOW_CODE_VERSION") or tree_version(tree)
     described = {} if version is None else {"LIPFLOW_CODE_VERSION": version}
     with tempfile.TemporaryDirectory(prefix="lipflow-submit-") as folder:
         package = pack(tree, Path(folder, "tree.zip"), extra)

@@ -16,18 +16,16 @@ from __future__ import annotations
 import json
 import logging
 import os
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, Field
 
+from cluster.records.code_version import code_version
 from cluster.records.outbox import TrackingError
 from cluster.records.redaction import flatten, redact, redact_text
 from cluster.records.run import Run, store_errors
@@ -242,27 +240,6 @@ def load_table(config: TrackingConfig, run_id: str, name: str) -> list[dict[str,
         except OSError as error:
             raise TrackingError(f"run {run_id} has no table {name}: {error}") from error
     return [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
-
-
-def code_version() -> str:
-    """``LIPFLOW_CODE_VERSION`` if set, else the git commit (``+dirty`` if changed), else the package's version."""
-    return os.environ.get("LIPFLOW_CODE_VERSION") or _installed_version()
-
-
-@cache
-def _installed_version() -> str:
-    here = Path(__file__).resolve()
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(here.parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
-    try:
-        # An environment inside somebody else's repository must not report that repository's commit.
-        git("ls-files", "--error-unmatch", here.name)
-        return git("rev-parse", "HEAD") + ("+dirty" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.SubprocessError):
-        return f"lipflow {metadata.version('lipflow')}"
 
 
 def _open_store(config: TrackingConfig) -> tuple[str, MlflowClient, str]:

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from cluster.records.code_version import code_version
 from cluster.records.promotion import PromotionDecision
-from cluster.records.tracking import TrackingConfig, code_version, open_client, resolve_tracking_uri
+from cluster.records.tracking import TrackingConfig, open_client, resolve_tracking_uri
 from cluster.reports.charts import Chart
 from cluster.reports.gallery import picture_sheets
 from cluster.reports.page import HeadlineRow, Measured, Picture, QuadrantRow, ReportContent

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cluster.records.tracking import code_version
+from cluster.records.code_version import code_version
 from cluster.reports.charts import Chart
 from cluster.reports.gallery import failure_sheets, picture_sheets
 from cluster.reports.page import Picture, ReportContent, ReportTable, render_report

@@ -13,7 +13,7 @@ from typing import Any
 import optuna
 import ray
 
-from cluster.records.tracking import code_version
+from cluster.records.code_version import code_version
 from cluster.reports.charts import Chart
 from cluster.reports.drawings import Axis, Drawing, Line, bars_svg, parallel_svg
 from cluster.reports.page import ReportContent, ReportTable, render_report

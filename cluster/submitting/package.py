@@ -8,7 +8,6 @@ are a function of the files alone, so an unchanged tree is not uploaded twice.
 from __future__ import annotations
 
 import os
-import subprocess
 import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path, PurePosixPath
 
 from rich.filesize import decimal
 
+from cluster.records.code_version import git
 from lipflow.errors import ConfigError
 
 LARGEST_PACKAGE_BYTES = 100 * 2**20
@@ -57,17 +57,8 @@ class Package:
 
 def working_tree(start: Path) -> Path:
     """The top of the git work tree that holds ``start``, else ``start``."""
-    top = _git(start, "rev-parse", "--show-toplevel")
+    top = git(start, "rev-parse", "--show-toplevel")
     return start.resolve() if top is None else Path(os.fsdecode(top).strip()).resolve()
-
-
-def code_version(tree: Path) -> str | None:
-    """The commit of the tree, with ``+dirty`` if something differs from it; None outside git."""
-    commit = _git(tree, "rev-parse", "HEAD")
-    if commit is None:
-        return None
-    changed = _git(tree, "status", "--porcelain", "-uno")
-    return commit.decode().strip() + ("+dirty" if changed else "")
 
 
 def pack(tree: Path, archive: Path, extra: dict[str, Path] | None = None) -> Package:
@@ -108,7 +99,7 @@ def pack(tree: Path, archive: Path, extra: dict[str, Path] | None = None) -> Pac
 
 def _chosen(tree: Path) -> tuple[list[str], list[str]]:
     """(names of the files to send, names that were left out for being keys); links are not followed."""
-    listed = _git(tree, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
+    listed = git(tree, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
     candidates: Iterable[str] = _walked(tree) if listed is None else os.fsdecode(listed).split("\0")
     chosen: list[str] = []
     keys: list[str] = []
@@ -134,12 +125,3 @@ def _is_left_out(name: PurePosixPath) -> bool:
 
 def _holds_keys(file_name: str) -> bool:
     return any(fnmatch(file_name.lower(), pattern) for pattern in _KEY_FILES)
-
-
-def _git(folder: Path, *arguments: str) -> bytes | None:
-    """What git prints, or None where there is no git or no work tree."""
-    try:
-        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, check=True, timeout=60)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from cluster.records.code_version import tree_version
 from cluster.runtime import ClusterError
 from cluster.submit import submit_job
 from cluster.submitting import package
 from cluster.submitting.environment import check_arguments, environment_to_send
 from cluster.submitting.following import Follower
 from cluster.submitting.jobs import JobEnd
-from cluster.submitting.package import code_version, pack, working_tree
+from cluster.submitting.package import pack, working_tree
 from lipflow.errors import ConfigError
 
 GIT = ("git", "-c", "user.name=Nobody", "-c", "user.email=nobody@example.com", "-c", "init.defaultBranch=main")
@@ -100,14 +101,14 @@ def test_a_tree_that_is_too_large_is_refused_with_its_largest_files(
 
 def test_the_tree_is_that_of_git_and_its_version_says_whether_it_was_changed(tree: Path, tmp_path: Path):
     assert working_tree(tree / "recipes") == tree
-    version = code_version(tree)
+    version = tree_version(tree)
     assert version is not None
     assert len(version) == 40
     (tree / "cluster" / "train.py").write_text("changed")
-    assert code_version(tree) == f"{version}+dirty"
+    assert tree_version(tree) == f"{version}+dirty"
     (tmp_path / "plain").mkdir()
     assert working_tree(tmp_path / "plain") == tmp_path / "plain"
-    assert code_version(tmp_path / "plain") is None
+    assert tree_version(tmp_path / "plain") is None
 
 
 SECRET = "c2VjcmV0LXZhbHVl"

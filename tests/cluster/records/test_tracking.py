@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cluster.records.code_version import code_version
 from cluster.records.redaction import REDACTED, flatten, is_secret_name, redact, redact_text
 from cluster.records.tracking import (
     CODE_VERSION_TAG,
@@ -20,7 +21,6 @@ from cluster.records.tracking import (
     TrackingConfig,
     TrackingError,
     attached_run,
-    code_version,
     initialise,
     latest_run,
     load_table,
