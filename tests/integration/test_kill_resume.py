@@ -88,7 +88,7 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
     assert not survivors
 
 
-@pytest.fixture(params=["an avatar", pytest.param("new drivers", marks=pytest.mark.slow)])
+@pytest.fixture(params=["an avatar", "new drivers"])
 def settings(request, shards, tiny_training, tmp_path: Path) -> TrainRecipe:
     """Of the training that is killed."""
     tracking = TrackingConfig(uri=shards.tracking.uri, experiment="killed")
@@ -103,6 +103,7 @@ def settings(request, shards, tiny_training, tmp_path: Path) -> TrainRecipe:
     return TrainRecipe.model_validate(recipe.model_dump() | drivers)
 
 
+@pytest.mark.slow
 def test_a_killed_training_continues_and_ends_in_the_same_weights(shards, settings: TrainRecipe, tmp_path: Path):
     out, recipe = tmp_path / "killed", tmp_path / "recipe.yaml"
     dump_recipe(settings, recipe)

@@ -246,6 +246,7 @@ def test_jitter_is_that_of_three_neighbours_by_hand(shards, finished: Finished):
     assert score.target_jitter_mm == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_several_models_are_scored_on_the_same_frames_and_stand_in_one_table(
     shards, finished: Finished, tmp_path: Path
 ):
