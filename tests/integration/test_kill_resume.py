@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ from lipflow.config import AvatarConfig
 from lipflow.model.avatar import Avatar
 from pipeline.loading.loader import ShardSet
 from tests.cluster.training.training_runs import differing, end_of
+from tests.integration.killing import kill_group
 
 # Raised inside MLflow, about its own use of SQLAlchemy.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")
@@ -76,18 +76,6 @@ def _listening_addresses(process: subprocess.Popen[bytes]) -> set[str]:
     return found
 
 
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL to the whole group, and to what Ray put into groups of its own, as when a machine dies."""
-    family = psutil.Process(process.pid).children(recursive=True)
-    os.killpg(process.pid, signal.SIGKILL)
-    for member in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.kill()
-    process.wait(timeout=30)
-    _, survivors = psutil.wait_procs(family, timeout=15)
-    assert not survivors
-
-
 @pytest.fixture(params=["an avatar", "new drivers"])
 def settings(request, shards, tiny_training, tmp_path: Path) -> TrainRecipe:
     """Of the training that is killed."""
@@ -120,7 +108,7 @@ def test_a_killed_training_continues_and_ends_in_the_same_weights(shards, settin
             _wait_for_a_checkpoint(out, killed, log)
             addresses = _listening_addresses(killed)
         finally:
-            _kill_group(killed)
+            kill_group(killed)
     # A cluster of our own is nobody else's.
     assert addresses
     assert [address for address in addresses if not address.startswith("127.0.0.1 ")] == []

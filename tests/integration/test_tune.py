@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -14,7 +12,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from cluster.recipe import dump_recipe, load_recipe
@@ -30,6 +27,7 @@ from lipflow.errors import ConfigError
 from lipflow.model.avatar import Avatar
 from lipflow.render.renderer import Renderer
 from pipeline.loading.loader import ShardSet
+from tests.integration.killing import kill_group
 
 # Raised inside MLflow, about its own use of SQLAlchemy.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")
@@ -70,17 +68,6 @@ def _final(out: Path) -> dict[int, dict[str, Any]]:
     return {number: record for number, record in _records(out).items() if record["state"] in FINAL}
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL to the submitter and all that it started, as when a machine dies."""
-    family = psutil.Process(process.pid).children(recursive=True)
-    os.killpg(process.pid, signal.SIGKILL)
-    for member in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.kill()
-    process.wait(timeout=30)
-    psutil.wait_procs(family, timeout=30)
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_a_sweep_that_is_killed_and_resumed_loses_and_doubles_no_trial(shards, tiny_training, tmp_path: Path):
@@ -101,7 +88,7 @@ def test_a_sweep_that_is_killed_and_resumed_loses_and_doubles_no_trial(shards, t
             while time.monotonic() < deadline and killed.poll() is None and len(_final(out)) < TRIALS // 3:
                 time.sleep(0.2)
         finally:
-            _kill(killed)
+            kill_group(killed)
     before, files = _final(out), {}
     assert TRIALS // 3 <= len(before) < TRIALS, log.read_text()[-2000:]
     for number, record in before.items():
