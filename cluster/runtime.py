@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 from ray.exceptions import RayError, RayTaskError
 from rich.progress import (
     BarColumn,
@@ -26,6 +28,9 @@ from lipflow.errors import LipflowError
 
 OBJECT_STORE_BYTES = 512 * 2**20
 """For a cluster of our own on one machine; tasks pass settings and records, never pixels."""
+
+
+LOOPBACK = "127.0.0.1"
 
 
 FEWEST_CPUS = 2
@@ -76,18 +81,48 @@ def ray_cluster(*, dashboard: bool = False) -> Iterator[None]:
                 "or unset it to run on this machine"
             ) from error
     else:
-        ray.init(
-            num_cpus=max(FEWEST_CPUS, os.cpu_count() or 1),
-            include_dashboard=dashboard,
-            dashboard_host="127.0.0.1",
-            object_store_memory=OBJECT_STORE_BYTES,
-            _node_ip_address="127.0.0.1",
-            **quiet,
-        )
+        with _own_cluster():
+            ray.init(
+                address="local",
+                num_cpus=max(FEWEST_CPUS, os.cpu_count() or 1),
+                include_dashboard=dashboard,
+                dashboard_host=LOOPBACK,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _node_ip_address=LOOPBACK,
+                **quiet,
+            )
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _own_cluster() -> Iterator[None]:
+    """How a cluster that is started inside listens, and what its processes know of it.
+
+    Ray takes an address of loopback for the machine's own one, outside of desktop systems, and listens on all
+    interfaces then: who reaches them may run code here, since such a cluster has no token.
+
+    Its address is in the environment of all its processes, since Ray's state API, which Ray Train's cleaner of
+    placement groups asks, otherwise looks for *any* cluster on the machine and fails where there are two: the CPUs of
+    a sweep's stopped trials would then never come free.
+    """
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        port = str(probe.getsockname()[1])
+    chosen = {"RAY_GCS_SERVER_PORT": port, "RAY_ADDRESS": f"{LOOPBACK}:{port}"}
+    before, replaced = {name: os.environ.get(name) for name in chosen}, ray_constants.ENABLE_RAY_CLUSTER
+    os.environ.update(chosen)
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = replaced
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 def progress_bar(*, eta: bool = True) -> Progress:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -115,3 +118,36 @@ def test_the_cause_is_found_below_other_errors_and_a_lost_task_is_one_of_ours():
     assert "\n" not in str(lost)
     defect = ValueError("ours to fix")
     assert unwrapped(defect) is defect
+
+
+OWN_CLUSTER = """
+import json, os, psutil, ray
+from ray.util.state import list_nodes
+from cluster.runtime import ray_cluster
+from cluster.services.servers import listening
+
+def asked():
+    return os.environ["RAY_ADDRESS"], [node.node_ip for node in list_nodes()]
+
+with ray_cluster(dashboard=True):
+    address, nodes = ray.get(ray.remote(asked).remote())
+    sockets = listening(psutil.Process().children(recursive=True) + [psutil.Process()])
+    own = ray.get_runtime_context().gcs_address
+print(json.dumps({"address": address, "nodes": nodes, "own": own, "sockets": sockets, "left": "RAY_ADDRESS" in os.environ}))
+"""
+
+
+def test_a_cluster_of_our_own_is_on_loopback_and_its_tasks_find_it_beside_another(ray_head):
+    """``ray_head`` is the other one: Ray's state API finds two clusters on this machine, were it not told which."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    told = subprocess.run(
+        [sys.executable, "-c", OWN_CLUSTER], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert told.returncode == 0, told.stderr
+    found = json.loads(told.stdout.splitlines()[-1])
+    assert found["address"] == found["own"]
+    assert found["nodes"] == ["127.0.0.1"]
+    assert found["left"] is False
+    hosts = {host.removeprefix("::ffff:") for host, _, _ in found["sockets"]}
+    assert hosts == {"127.0.0.1"}, found["sockets"]
+    assert any(program == "gcs_server" for _, _, program in found["sockets"])
