@@ -133,7 +133,8 @@ with ray_cluster(dashboard=True):
     address, nodes = ray.get(ray.remote(asked).remote())
     sockets = listening(psutil.Process().children(recursive=True) + [psutil.Process()])
     own = ray.get_runtime_context().gcs_address
-print(json.dumps({"address": address, "nodes": nodes, "own": own, "sockets": sockets, "left": "RAY_ADDRESS" in os.environ}))
+found = {"address": address, "nodes": nodes, "own": own, "sockets": sockets, "left": "RAY_ADDRESS" in os.environ}
+print(json.dumps(found))
 """
 
 
