@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import ray
@@ -91,10 +92,12 @@ def ray_cluster(*, dashboard: bool = False) -> Iterator[None]:
                 _node_ip_address=LOOPBACK,
                 **quiet,
             )
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    # Ray prints what happens to nodes and workers on standard output, whatever it is told of logs: results go there.
+    with redirect_stdout(sys.stderr):
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 @contextmanager
