@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import json
 import multiprocessing
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -28,6 +27,8 @@ from pipeline.loading.loader import LoaderConfig, ShardLoader
 from pipeline.loading.shardset import ShardSet
 
 _MAX_PIXELS = 8192 * 8192
+_CACHE_BYTES = 512 * 2**20
+"""Of shards from S3; local ones are read where they lie."""
 
 
 def ours(uri: str, views: int, threads: int | None = None, cold: bool = False) -> Callable[[int], int]:
@@ -37,15 +38,24 @@ def ours(uri: str, views: int, threads: int | None = None, cold: bool = False) -
         uri: the shard set.
         views: of each frame.
         threads: that decode; None: one a core.
-        cold: open the set anew for each epoch, with an empty cache: shards are fetched and their digests checked.
+        cold: open the set anew for each epoch, with an empty cache: shards are fetched and their digests checked. The
+            cache holds less than an epoch, as that of a set larger than the disk does, so that its memory goes round.
+            A virtual machine gives pages that are free for seconds back to its host; to have them again for each byte
+            of an epoch would cost as much as to fetch it.
     """
     loaders: dict[int, ShardLoader] = {}
+    caches: list[tempfile.TemporaryDirectory] = []
     epochs = 0
 
     def opened(workers: int, cache: str | None) -> ShardLoader:
         shard_set = ShardSet.open(uri)
         config = LoaderConfig(
-            frames_per_batch=1, views_per_frame=views, signals=(), decode_threads=threads or workers, seed=1
+            frames_per_batch=1,
+            views_per_frame=views,
+            signals=(),
+            decode_threads=threads or workers,
+            cache_max_bytes=_CACHE_BYTES,
+            seed=1,
         )
         return ShardLoader(shard_set, "train", shard_set.train_camera_ids, config, cache_dir=cache)
 
@@ -53,11 +63,10 @@ def ours(uri: str, views: int, threads: int | None = None, cold: bool = False) -
         nonlocal epochs
         epochs += 1
         if cold:
-            cache = tempfile.mkdtemp(prefix="loader-benchmark-")
-            try:
-                return _views(opened(workers, cache), epochs)
-            finally:
-                shutil.rmtree(cache)
+            while caches:
+                caches.pop().cleanup()
+            caches.append(tempfile.TemporaryDirectory(prefix="loader-benchmark-"))
+            return _views(opened(workers, caches[0].name), epochs)
         if workers not in loaders:
             loaders[workers] = opened(workers, None)
         return _views(loaders[workers], epochs)
