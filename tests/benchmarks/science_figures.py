@@ -7,7 +7,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-from science_study import Findings
+from science_findings import Findings
 from science_tables import by_seed, in_order, where
 from torch.nn.functional import avg_pool2d
 

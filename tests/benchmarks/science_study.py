@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 from typing import Any
 
+from science_findings import Choice, Findings, Row
 from science_runner import Runner, StoppedEarly, Task
 from science_sizes import ADAM, AMBIGUOUS, FLOWS, METHODS, PORTRAYED, VARIANTS, WHITENED, Study
 
@@ -15,62 +15,12 @@ from lipflow.types import DRIVING_SIGNALS
 from pipeline.loading.loader import LoaderConfig
 from pipeline.sharding.splits import spread
 
-Row = dict[str, Any]
-
 _DATA = "dome"
 _FRAMES_AT_ONCE = 10
 _CALIBRATION_FRAMES = 4
 _AMBIGUOUS_SIGNALS = ("hmc", "keypoints")
 DRIVEN = ("conditional", "conditional+prior-rec", "lipflow")
 """Methods whose prior depends on the signal."""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What validation frames chose for a method and signal.
-
-    Attributes:
-        fit: the settings.
-        tried: (settings, score) of all that was tried, the best first.
-    """
-
-    fit: dict[str, float]
-    tried: tuple[tuple[dict[str, Any], float], ...]
-
-
-@dataclass
-class Findings:
-    """All rows; each has the frame, the method or variant, and the seed.
-
-    Attributes:
-        latent_weights: method -> weight of its latent term that validation frames chose, of the DAM and LiP-Flow.
-        choices: (method, signal) -> settings of its fits.
-        fits: driven held-out frames, by signal and iterations.
-        ambiguous_fits: the same of avatars that see the ambiguous signals alone.
-        encoders: reconstructions of held-out frames by each method's encoder, and the mean face.
-        reconstructions: the variants' encoders', in all four quadrants.
-        uncertainty: of p(z | h).
-        densities: of frozen codes.
-        samples: of the priors, one row for each method and seed.
-        cpu_s: (kind, name) of every task -> CPU seconds.
-        portrayed: method -> its avatar of the first seed, for pictures of random faces.
-        data: what the shard set holds.
-        complete: whether everything was done.
-    """
-
-    data: dict[str, Any]
-    latent_weights: dict[str, float] = field(default_factory=dict)
-    choices: dict[tuple[str, str], Choice] = field(default_factory=dict)
-    fits: list[Row] = field(default_factory=list)
-    ambiguous_fits: list[Row] = field(default_factory=list)
-    encoders: list[Row] = field(default_factory=list)
-    reconstructions: list[Row] = field(default_factory=list)
-    uncertainty: list[Row] = field(default_factory=list)
-    densities: list[Row] = field(default_factory=list)
-    samples: list[Row] = field(default_factory=list)
-    cpu_s: dict[tuple[str, str], float] = field(default_factory=dict)
-    portrayed: dict[str, str] = field(default_factory=dict)
-    complete: bool = False
 
 
 class Stages:

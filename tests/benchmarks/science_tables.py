@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
-from science_study import Findings, Row
+from science_findings import Findings, Row
 from torch import Tensor
 
 from lipflow.bootstrap import bootstrap_ratio
