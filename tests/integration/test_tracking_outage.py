@@ -14,6 +14,7 @@ import pytest
 from cluster.records.run import LOST_METRICS_TAG
 from cluster.records.tracking import TrackingConfig, open_client
 from cluster.train import train
+from cluster.training.checkpoints import CheckpointStore
 from tests.cluster.records.mlflow_server import MlflowServer, mlflow_server
 
 pytestmark = [
@@ -41,7 +42,7 @@ def kill_in_the_middle(server: MlflowServer, out: Path, then: Callable[[], None]
         deadline = time.monotonic() + LONG_S
         while len(seen) < count:
             assert time.monotonic() < deadline, f"{count} checkpoints did not appear"
-            seen |= {path.name for path in (out / "ray" / "train").glob("checkpoint_2*")}
+            seen |= {checkpoint.name for checkpoint in CheckpointStore(str(out)).complete()}
             time.sleep(0.05)
 
     def run() -> None:
