@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
+import time
 from pathlib import Path
 
 import pytest
+import ray
+import requests
 from PIL import Image
 
 from cluster.records.tracking import open_client, tracked_run
@@ -43,3 +47,29 @@ def test_losses_speeds_and_pictures_are_told_at_their_steps(training, tracking_c
     assert picture.path == "pictures/step-00000003.png"
     with Image.open(client.download_artifacts(run.run_id, picture.path, str(tmp_path))) as sheet:
         assert min(sheet.size) > 200
+
+
+@pytest.mark.slow
+def test_ray_s_metrics_endpoint_shows_the_run_s_step_losses_and_speeds(ray_session, training, tracking_config):
+    told = training("scraped", tracking=tracking_config, log_every_steps=1, steps=3, checkpoint_every_steps=3)
+    with tracked_run("train", "scraped", config=tracking_config) as run:
+        train_alone(dataclasses.replace(told, run_id=run.run_id))
+    (node,) = ray.nodes()
+    address = f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
+    shown: dict[str, float] = {}
+    deadline = time.monotonic() + 60  # Ray tells every 10 s
+    while "step" not in shown and time.monotonic() < deadline:
+        time.sleep(0.5)
+        lines = [line for line in requests.get(address, timeout=30).text.splitlines() if run.run_id in line]
+        found = [re.match(r"ray_lipflow_train_(\w+)\{.*\} (\S+)$", line) for line in lines]
+        shown = {match[1]: float(match[2]) for match in found if match is not None}
+    history = open_client(tracking_config).get_run(run.run_id).data.metrics
+    assert shown == pytest.approx(
+        {
+            "step": 3.0,
+            "loss": history["train/total"],
+            "validation_loss": history["val/loss"],
+            "views_per_s": history["speed/views_per_s"],
+            "data_wait_share": history["speed/data_wait_share"],
+        }
+    )
