@@ -19,6 +19,7 @@ from pipeline.loading.loader import ShardSet
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter
 
 _DPI = 130
 _FACES_PER_ROW = 8
@@ -60,6 +61,10 @@ def _fit_iterations(found: Findings) -> plt.Figure:
                 axis.fill_between(own, seeds.amin(1), seeds.amax(1), color=line.get_color(), alpha=0.2, linewidth=0)
             axis.set_xscale("symlog", linthresh=10, base=10)
             axis.set_xticks(counts, [str(count) for count in counts])
+            axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter(NullFormatter())
             axis.grid(alpha=0.25)
             if row == 0:
                 axis.set_title(signal)
