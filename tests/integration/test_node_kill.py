@@ -94,8 +94,7 @@ class Submitted:
             assert self._process.wait(timeout=WAIT_S) == 0, self._log.read_text()[-4000:]
         finally:
             self.kill()
-        # Ray tells of the lost node on standard output as well.
-        return json.loads("{" + self._summary.read_text().rpartition("{\n")[2])
+        return json.loads(self._summary.read_text())
 
     def kill(self) -> None:
         """End the driver, if it is still there."""
