@@ -2,8 +2,10 @@
 
 The very loop of the train job (:func:`cluster.training.loop.train_loop`) runs inside ``TorchTrainer`` and under
 ``torchrun``, with one worker and with two. Weak scaling: each worker has one micro-batch of the ``small`` preset, so
-that two workers do twice the work, and the figures are medians of the seconds between the ends of two steps, without
-the first ones. Tracking is off; the only validation comes after the last step.
+that two workers do twice the work. A run's figure is the median of the seconds between the ends of two steps, without
+the first ones. Runs of both kinds take turns, since shared machines change their speed: a row has the medians over its
+runs, and the median and the range of the ratios of neighbours. Tracking is off; the only validation comes after the
+last step.
 """
 
 from __future__ import annotations
@@ -108,7 +110,7 @@ def by_ray(settings: dict[str, Any], workers: int, out: Path) -> None:
     from ray.train.torch import TorchTrainer
 
     from cluster.runtime import ray_cluster
-    from cluster.training.worker import ListeningTorchConfig
+    from cluster.training.process_group import NodeTorchConfig
 
     def run(given: dict[str, Any]) -> None:
         timed(given, ray_worker(), out)
@@ -117,7 +119,7 @@ def by_ray(settings: dict[str, Any], workers: int, out: Path) -> None:
         TorchTrainer(
             run,
             train_loop_config=settings,
-            torch_config=ListeningTorchConfig(),
+            torch_config=NodeTorchConfig(),
             scaling_config=ScalingConfig(
                 num_workers=workers, use_gpu=settings["recipe"]["use_gpu"], resources_per_worker={"CPU": 1}
             ),
@@ -130,6 +132,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny sizes and few steps: shows that it runs")
     parser.add_argument("--steps", type=int, help="default: 60, with --quick 8")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each kind")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--gpu", action="store_true", help="one GPU a worker")
     parser.add_argument("--face", type=Path, default=_FACE if _FACE.is_dir() else None, help="folder of a face asset")
@@ -145,17 +148,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="train-overhead-") as temporary:
         scratch = Path(temporary)
         shards = quick_shards(scratch) if given.quick else write_preset_shards(scratch, given.face)
-        print("| workers | torchrun, ms | Ray Train, ms | Ray Train / torchrun |\n|---:|---:|---:|---:|")
+        print("| workers | torchrun, ms | Ray Train, ms | Ray Train / torchrun | range |\n|---:|---:|---:|---:|---:|")
         for workers in given.workers:
             settings = settings_of(shards, workers, steps, quick=given.quick, use_gpu=given.gpu)
-            medians = []
-            for name, start in (("torchrun", by_torchrun), ("ray", by_ray)):
-                out = scratch / f"{name}-{workers}"
-                out.mkdir()
-                start(settings, workers, out)
-                medians.append(statistics.median(json.loads((out / "times.json").read_text())))
-            row = [f"{median * 1e3:.1f}" for median in medians]
-            print(f"| {workers} | {' | '.join(row)} | {medians[1] / medians[0]:.2f} |", flush=True)
+            seconds: dict[str, list[float]] = {"torchrun": [], "ray": []}
+            for repeat in range(given.repeats):
+                for name, start in (("torchrun", by_torchrun), ("ray", by_ray)):
+                    out = scratch / f"{name}-{workers}-{repeat}"
+                    out.mkdir()
+                    start(settings, workers, out)
+                    seconds[name].append(statistics.median(json.loads((out / "times.json").read_text())))
+            ratios = [ours / theirs for theirs, ours in zip(*seconds.values(), strict=True)]
+            row = [f"{statistics.median(values) * 1e3:.1f}" for values in seconds.values()]
+            row += [f"{statistics.median(ratios):.3f}", f"{min(ratios):.3f} to {max(ratios):.3f}"]
+            print(f"| {workers} | {' | '.join(row)} |", flush=True)
 
 
 if __name__ == "__main__":

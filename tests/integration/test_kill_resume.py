@@ -62,15 +62,10 @@ def _wait_for_a_checkpoint(out: Path, process: subprocess.Popen[bytes], log: Pat
 
 
 def _listening_addresses(process: subprocess.Popen[bytes]) -> set[str]:
-    """``address name`` of everything below a process that accepts connections, but for training workers.
-
-    Those hold torch's rendezvous store, which listens on all interfaces.
-    """
+    """``address name`` of everything below a process that accepts connections."""
     found = set()
     for member in psutil.Process(process.pid).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-            if "RayTrainWorker" in member.cmdline()[0]:
-                continue
             listening = [c for c in member.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
             found |= {f"{c.laddr.ip.removeprefix('::ffff:')} {member.cmdline()[0]}" for c in listening}
     return found

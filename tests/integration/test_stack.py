@@ -119,6 +119,8 @@ def test_a_server_that_died_is_seen_and_started_again_alone(stack: RunningStack)
 def test_ctrl_c_leaves_a_job_running_and_its_name_finds_it_again(stack: RunningStack):
     command = ("submit", "synth", "--submission-id", "long", "s3://lipflow/long", "--", "--cameras", "30")
     command += ("--segments", "20", "--frames-per-segment", "50", "--image-size", "512x384")
+    # What a shell runs in the background ignores Ctrl-C, and so would what it starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     first = stack.start(*command)
     _wait_for_line(first.stdout, "Running entrypoint")
     first.send_signal(signal.SIGINT)
@@ -146,7 +148,7 @@ def test_ctrl_c_leaves_a_job_running_and_its_name_finds_it_again(stack: RunningS
     assert "stop it (s), leave it running (l), or follow on (enter)?" in out + err
     assert "long was asked to stop" in err
     assert "long: stopped" in err
-    assert "STOPPED" in _status(stack, "long")
+    assert "Job 'long' was stopped" in _status(stack, "long")
 
 
 def _wait_for_line(stream, text: str) -> None:
