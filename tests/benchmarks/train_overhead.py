@@ -27,6 +27,7 @@ import torch
 from render_tables import facts
 from training_step import _FACE, write_preset_shards
 
+from cluster.recipe import load_recipe
 from cluster.training.loop import Training, train_loop
 from cluster.training.recipe import TrainRecipe
 from cluster.training.worker import Worker, ray_worker
@@ -38,6 +39,7 @@ from pipeline.sharding.config import ShardConfig
 from pipeline.sharding.shards import write_shards
 
 _HERE = Path(__file__).resolve().parent
+_PRESET = _HERE.parents[1] / "infra/recipes/small-lipflow.yaml"
 _WARM_UP_STEPS = 3
 
 
@@ -49,21 +51,28 @@ def quick_shards(out: Path) -> str:
     return str(out / "shards")
 
 
+def quick_recipe() -> TrainRecipe:
+    """For :func:`quick_shards`."""
+    sizes = {"latent_size": 6, "hidden_size": 12, "encoder_channels": (6, 5, 4), "decoder_channels": (6, 5, 4)}
+    return TrainRecipe(
+        avatar=AvatarConfig.small(texture_size=32, driver_image_size=16, **sizes),
+        loader=LoaderConfig(frames_per_batch=1, views_per_frame=2, decode_threads=1),
+    )
+
+
 def settings_of(shards: str, workers: int, steps: int, *, quick: bool, use_gpu: bool) -> dict[str, Any]:
     """What a row's processes are given, as JSON."""
-    tiny = {"latent_size": 6, "hidden_size": 12, "encoder_channels": (6, 5, 4), "decoder_channels": (6, 5, 4)}
-    avatar = AvatarConfig.small(texture_size=32, driver_image_size=16, **tiny) if quick else AvatarConfig.small()
-    recipe = TrainRecipe(
-        avatar=avatar,
-        loader=LoaderConfig(frames_per_batch=1 if quick else 4, views_per_frame=2 if quick else 3, decode_threads=1),
-        steps=steps,
-        checkpoint_every_steps=steps,
-        validation_frames=1,
-        validation_cameras=1,
-        workers=workers,
-        micro_batches=workers,
-        use_gpu=use_gpu,
-    )
+    base = quick_recipe() if quick else load_recipe(TrainRecipe, str(_PRESET))
+    measured = {
+        "steps": steps,
+        "checkpoint_every_steps": steps,
+        "validation_frames": 1,
+        "validation_cameras": 1,
+        "workers": workers,
+        "micro_batches": workers,
+        "use_gpu": use_gpu,
+    }
+    recipe = TrainRecipe.model_validate(base.model_dump() | measured)
     return {"recipe": recipe.model_dump(mode="json"), "shards": shards}
 
 
