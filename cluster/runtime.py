@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,22 +24,17 @@ from rich.progress import (
 )
 
 from cluster.command import console
+from cluster.ports import LOOPBACK, free_port
 from lipflow.errors import LipflowError
 
 OBJECT_STORE_BYTES = 512 * 2**20
 """For a cluster of our own on one machine; tasks pass settings and records, never pixels."""
 
-
-LOOPBACK = "127.0.0.1"
-
-
 FEWEST_CPUS = 2
 """A cluster of our own offers at least as many, so that two training workers start even on a single core."""
 
-
 PROGRESS_LINE_EVERY_S = 60.0
 """How often a map with a note tells its progress to a file or pipe."""
-
 
 CANCEL_WAIT_S = 30.0
 """How long cancelled tasks are waited for."""
@@ -111,10 +105,8 @@ def _own_cluster() -> Iterator[None]:
     placement groups asks, otherwise looks for *any* cluster on the machine and fails where there are two: the CPUs of
     a sweep's stopped trials would then never come free.
     """
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        port = str(probe.getsockname()[1])
-    chosen = {"RAY_GCS_SERVER_PORT": port, "RAY_ADDRESS": f"{LOOPBACK}:{port}"}
+    port = free_port()
+    chosen = {"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": f"{LOOPBACK}:{port}"}
     before, replaced = {name: os.environ.get(name) for name in chosen}, ray_constants.ENABLE_RAY_CLUSTER
     os.environ.update(chosen)
     ray_constants.ENABLE_RAY_CLUSTER = False

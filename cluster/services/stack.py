@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,11 +11,12 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from cluster.command import console
+from cluster.ports import LOOPBACK, RAY_WORKER_PORTS, free_port, is_free
 from cluster.records.redaction import redact_text
 from cluster.services import folder as stack_folder
 from cluster.services.folder import Credentials, StackError, StackRecord
 from cluster.services.processes import ServerProcess, end, running, start
-from cluster.services.servers import HOST, PORTS, Server, StackConfig, client_variables, fits_ray, plan_servers
+from cluster.services.servers import PORTS, Server, StackConfig, client_variables, plan_servers
 
 POLL_S = 0.25
 LOG_LINES_SHOWN = 6
@@ -187,7 +187,7 @@ def _state(folder: Path, servers: tuple[Server, ...], *, started: bool) -> Stack
         folder=str(folder),
         env_file=str(folder / stack_folder.ENV_FILE),
         bucket=record.bucket,
-        dashboard=f"http://{HOST}:{record.ports['dashboard']}",
+        dashboard=f"http://{LOOPBACK}:{record.ports['dashboard']}",
         servers=states,
         started=started,
     )
@@ -210,35 +210,15 @@ def _ports(kept: Mapping[str, int], config: StackConfig) -> dict[str, int]:
     for name in PORTS:
         stated = getattr(config, f"{name}_port", None)
         if stated is not None:
-            if name in ("ray", "dashboard") and not fits_ray(stated):
+            if name in ("ray", "dashboard") and stated in RAY_WORKER_PORTS:
                 raise StackError(f"{name}_port {stated}: Ray gives 10002 to 19999 to its workers; choose another")
-            if not _is_free(stated):
-                raise StackError(f"{name}_port {stated} is taken on {HOST}: choose another, or null for a free one")
+            if not is_free(stated):
+                raise StackError(f"{name}_port {stated} is taken on {LOOPBACK}: choose another, or null for a free one")
             chosen[name] = stated
             continue
         last = kept.get(name)
-        chosen[name] = last if last is not None and _is_free(last) else _free_port(set(chosen.values()))
+        chosen[name] = last if last is not None and is_free(last) else free_port(set(chosen.values()))
     return chosen
-
-
-def _free_port(taken: set[int]) -> int:
-    for _ in range(1000):
-        with socket.socket() as probe:
-            probe.bind((HOST, 0))
-            port = int(probe.getsockname()[1])
-        if fits_ray(port) and port not in taken:
-            return port
-    raise StackError(f"no free port on {HOST} outside 10002 to 19999")
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError:
-            return False
-    return True
 
 
 @contextmanager

@@ -9,7 +9,6 @@
 ``reference``       visibility and interpolation in plain torch, float64: the definition, slow
 ``cpu``             visibility on the CPU, by ``visibility`` (scan conversion) and ``interpolate`` (fused gradients)
 ``parallel``        threads of the CPU kernels
-``memory``          large outputs of the CPU kernels
 ``software``        a backend out of ``reference`` or ``cpu``, ``texture`` and ``antialias``
 ``texture``         bilinear and mip-mapped look-up; ``texture_cpu`` its fused kernels for CPU tensors
 ``antialias``       blending across silhouettes, and its gradients

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lipflow.memory import empty
 from lipflow.render.backend import NEAR_MM, Fragments
 from lipflow.render.interpolate import interpolate_cpu
-from lipflow.render.memory import empty
 from lipflow.render.parallel import row_bands, run_parallel
 from lipflow.render.reference import interpolate
 from lipflow.render.visibility import draw_rows, set_up_view

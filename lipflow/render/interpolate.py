@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lipflow.render.memory import empty
+from lipflow.memory import empty
 from lipflow.render.parallel import row_bands, run_parallel
 
 _PLANES = 12

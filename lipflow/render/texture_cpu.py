@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lipflow.render.memory import empty
+from lipflow.memory import empty
 from lipflow.render.parallel import row_bands, run_parallel
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lipflow.errors import ShardSetError
+from lipflow.memory import empty
 from pipeline.images.codecs import (
     CodecError,
     LosslessCodec,
@@ -28,7 +29,6 @@ from pipeline.images.codecs import (
     decode_image_into,
     is_interleaved,
 )
-from pipeline.loading.pixel_memory import PixelMemory
 from pipeline.manifest import Manifest, SampleRecord
 from pipeline.sharding.samples import FRAME, KEYPOINTS, VERTICES, average_texture_suffix, headset_suffix, image_suffix
 
@@ -106,11 +106,9 @@ class FrameReader:
     Args:
         manifest: of the shard set.
         signals: the driving signals to decode; those that the set lacks are left out.
-        kept_batches: for how many batches memory is kept after they were dropped, to be written again.
     """
 
-    def __init__(self, manifest: Manifest, signals: Sequence[str], kept_batches: int = 0):
-        self._memory = PixelMemory(kept_batches)
+    def __init__(self, manifest: Manifest, signals: Sequence[str]):
         self._manifest = manifest
         self._codec = str(manifest.config["codec"])
         self._average_texture = average_texture_suffix(manifest.texture_codec)
@@ -124,7 +122,7 @@ class FrameReader:
         texture_size = self._manifest.texture_size
 
         def uint8(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=torch.uint8, pin_memory=True) if pinned else self._memory.take(*shape)
+            return torch.empty(shape, dtype=torch.uint8, pin_memory=True) if pinned else empty(shape, torch.uint8)
 
         def images(*shape: int) -> Tensor:
             height, width = self._manifest.image_size_hw

@@ -161,7 +161,7 @@ class ShardLoader:
             seed=config.seed,
         )
         self._cache = ShardCache(shard_set.uri, cache_dir, config.cache_max_bytes, config.check_shards)
-        self._reader = FrameReader(shard_set.manifest, config.signals, kept_batches=config.prefetch_batches + 2)
+        self._reader = FrameReader(shard_set.manifest, config.signals)
         self._pinned = config.pin_memory and torch.cuda.is_available()
         self.reads_members = self._chooses_members()
         """Whether chosen members are read alone, see :attr:`LoaderConfig.remote_reads`."""

@@ -17,6 +17,7 @@ import yaml
 from botocore.config import Config
 from botocore.exceptions import ClientError
 
+from cluster.ports import free_port
 from tests.infra.manifests import COMPOSE, INFRA, documents
 
 KEY_ID, KEY = "some-id", "some-key"
@@ -37,9 +38,7 @@ def kubernetes_script() -> str:
 @contextmanager
 def running(script: str, folder: Path) -> Iterator[str]:
     """The script with its folders and its port moved here; yields the endpoint."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     (folder / "s3_credentials").write_text(f"[default]\naws_access_key_id = {KEY_ID}\naws_secret_access_key = {KEY}\n")
     for found, here in (("/data", f"{folder}/data"), ("/run/secrets", str(folder)), (":9000", f"127.0.0.1:{port}")):
         assert found in script or found == "/run/secrets"

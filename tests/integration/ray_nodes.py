@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,7 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
+from cluster.ports import free_port
+from tests.processes import kill_family
 
 RAY = str(Path(sys.executable).parent / "ray")
 START_ATTEMPTS = 5
@@ -51,7 +50,7 @@ class RayNodes:
 
     def kill(self, number: int) -> None:
         """SIGKILL to everything of a node: its raylet, its agents and its workers."""
-        _kill(self.nodes.pop(number))
+        kill_family(self.nodes.pop(number))
 
     def environment(self) -> dict[str, str]:
         """Of a driver on this cluster."""
@@ -63,7 +62,7 @@ def ray_nodes(folder: Path, count: int) -> Iterator[RayNodes]:
     """A cluster of a head and ``count`` nodes; logs go to ``folder``."""
     # Unix sockets have short names; pytest's folders are too deep for them.
     temporary = tempfile.mkdtemp(prefix="lf-nodes-")
-    port = _free_port()
+    port = free_port()
     options = ["--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false", f"--temp-dir={temporary}"]
     head = _started(options, folder)
     cluster = RayNodes(f"127.0.0.1:{port}", folder)
@@ -73,14 +72,14 @@ def ray_nodes(folder: Path, count: int) -> Iterator[RayNodes]:
         yield cluster
     finally:
         for node in [*cluster.nodes, head]:
-            _kill(node)
+            kill_family(node)
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _started(options: list[str], folder: Path) -> subprocess.Popen[bytes]:
     """``ray start``, once it says that it has; on a busy machine its own half minute may be too short."""
     command = [RAY, "start", "--block", "--node-ip-address=127.0.0.1", "--disable-usage-stats", *options]
-    command += [f"--dashboard-agent-listen-port={_free_port()}", f"--object-store-memory={128 * 2**20}"]
+    command += [f"--dashboard-agent-listen-port={free_port()}", f"--object-store-memory={128 * 2**20}"]
     for _ in range(START_ATTEMPTS):
         log = folder / f"node-{time.monotonic_ns()}.log"
         with log.open("wb") as output:
@@ -90,23 +89,3 @@ def _started(options: list[str], folder: Path) -> subprocess.Popen[bytes]:
                 return process
             time.sleep(0.1)
     raise RuntimeError(f"{command} did not start: {log.read_text()[-2000:]}")
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    family = [psutil.Process(process.pid)] if process.poll() is None else []
-    family += [child for parent in family for child in parent.children(recursive=True)]
-    for member in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.kill()
-    process.wait(timeout=30)
-    psutil.wait_procs(family, timeout=30)
-
-
-def _free_port() -> int:
-    """One outside 10002..19999, from which Ray serves its workers."""
-    while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
-        if not 10002 <= port <= 19999:
-            return port

@@ -25,7 +25,7 @@ from lipflow.config import AvatarConfig
 from lipflow.model.avatar import Avatar
 from pipeline.loading.loader import ShardSet
 from tests.cluster.training.training_runs import differing, end_of
-from tests.integration.killing import kill_group
+from tests.processes import kill_family
 
 # Raised inside MLflow, about its own use of SQLAlchemy.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")
@@ -103,7 +103,7 @@ def test_a_killed_training_continues_and_ends_in_the_same_weights(shards, settin
             _wait_for_a_checkpoint(out, killed, log)
             addresses = _listening_addresses(killed)
         finally:
-            kill_group(killed)
+            kill_family(killed)
     # A cluster of our own is nobody else's.
     assert addresses
     assert [address for address in addresses if not address.startswith("127.0.0.1 ")] == []

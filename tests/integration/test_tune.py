@@ -30,7 +30,7 @@ from pipeline.captures.opening import open_capture
 from pipeline.dome.writer import DomeConfig, write_dome
 from pipeline.loading.loader import ShardSet
 from pipeline.sharding.shards import ShardConfig, write_shards
-from tests.integration.killing import kill_group
+from tests.processes import kill_family
 
 # Raised inside MLflow, about its own use of SQLAlchemy.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")
@@ -116,7 +116,7 @@ def test_a_sweep_that_is_killed_and_resumed_loses_and_doubles_no_trial(
             while time.monotonic() < deadline and killed.poll() is None and len(_final(out)) < TRIALS // 3:
                 time.sleep(0.2)
         finally:
-            kill_group(killed)
+            kill_family(killed)
     before, files = _final(out), {}
     assert TRIALS // 3 <= len(before) < TRIALS, log.read_text()[-2000:]
     for number, record in before.items():

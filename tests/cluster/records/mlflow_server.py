@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -12,8 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 import requests
+
+from cluster.ports import free_port
+from tests.processes import kill_family
 
 START_S = 240.0
 """It takes 25 s on an idle machine."""
@@ -27,9 +28,7 @@ class MlflowServer:
     """
 
     def __init__(self, folder: Path):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self._port = int(probe.getsockname()[1])
+        self._port = free_port()
         self.uri = f"http://127.0.0.1:{self._port}"
         self._folder = folder
         self._log = folder / "server.log"
@@ -58,15 +57,8 @@ class MlflowServer:
 
     def kill(self) -> None:
         """SIGKILL to it and to all that it started."""
-        if self._process is None or self._process.poll() is not None:
-            return
-        family = [psutil.Process(self._process.pid)]
-        family += family[0].children(recursive=True)
-        for member in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.kill()
-        self._process.wait(timeout=30)
-        psutil.wait_procs(family, timeout=30)
+        if self._process is not None:
+            kill_family(self._process)
 
 
 @contextmanager

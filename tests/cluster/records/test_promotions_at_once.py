@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -21,6 +20,7 @@ from cluster.records.evaluations import EVALUATION_TAG, RecordedEvaluation, log_
 from cluster.records.promotion import CHAMPIONS_TAG, PromotionConfig, promote
 from cluster.records.tracking import KIND_TAG, TrackingConfig, open_client, tracked_run
 from cluster.records.turns import TICKET_PREFIX
+from tests.cluster.records.mlflow_server import mlflow_server
 from tests.cluster.records.versions import add_version, champion, driven
 from tests.cluster.score_sheets import DIGEST
 
@@ -150,34 +150,8 @@ def test_two_processes_on_one_sqlite_store(tracking_config, tmp_path: Path):
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingConfig]:
-    """A real MLflow server on loopback. With several workers it would end those that a busy machine starts slowly."""
-    from tests.conftest import _free_port, _kill_with_children
-
-    root, port = tmp_path_factory.mktemp("server"), _free_port()
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += [
-        "--backend-store-uri",
-        f"sqlite:///{root}/mlflow.db",
-        "--artifacts-destination",
-        str(root / "artifacts"),
-    ]
-    environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}
-    log = root / "server.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, cwd=root, env=environment)
-    try:
-        config = TrackingConfig(uri=f"http://127.0.0.1:{port}")
-        deadline = time.monotonic() + PATIENCE_S
-        while True:
-            try:
-                open_client(config)
-                break
-            except Exception:
-                assert process.poll() is None, log.read_text()
-                assert time.monotonic() < deadline, log.read_text()
-        yield config
-    finally:
-        _kill_with_children(process)
+    with mlflow_server(tmp_path_factory.mktemp("server")) as running:
+        yield TrackingConfig(uri=running.uri)
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, multiprocessing
 
+from cluster.ports import free_port
 from cluster.training.checkpoints import CheckpointStore
 from cluster.training.loop import Training, train_loop
 from cluster.training.recipe import TrainRecipe
@@ -95,10 +95,7 @@ def train_alone(training: Training, leaves: Callable[[], bool] | None = None) ->
 
 def train_together(training: Training, workers: int, last_asks_to_leave_after: int | None = None) -> None:
     """Train in ``workers`` processes of their own, connected by gloo; the last one may be asked to leave."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.spawn(_run, (training, workers, port, last_asks_to_leave_after), workers)
+    multiprocessing.spawn(_run, (training, workers, free_port(), last_asks_to_leave_after), workers)
 
 
 def _run(rank: int, training: Training, workers: int, port: int, last_leaves_after: int | None) -> None:

@@ -1,11 +1,11 @@
-"""Memory of pictures is written again only once nobody holds them, and no more is kept than was said."""
+"""Memory of pixels is written again only once nobody holds them, and no more is kept than was said."""
 
 import gc
 
 import pytest
 import torch
 
-from lipflow.render.memory import ReusedMemory
+from lipflow.memory import ReusedMemory
 
 MIB = 2**20
 

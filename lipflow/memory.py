@@ -1,7 +1,8 @@
-"""Memory for what the CPU's kernels fill in: that of pictures that nobody holds any more is written again.
+"""Memory for pixels: that of pictures and batches that nobody holds any more is written again.
 
-The pictures of many views are hundreds of megabytes, and a training or a fit asks for the same sizes again and again.
-Used again, 16 views of 1024x667 take 22 ms of CPU time each, mapped anew for every render 24, and sometimes 40.
+The pages of fresh memory are made one by one as they are first written, and given back when it is freed: for a batch
+of full-size images that takes as long as writing to it. And a training or a fit asks for the same sizes again and
+again. Used again, 16 rendered views of 1024x667 take 22 ms of CPU time each, mapped anew 24, and sometimes 40.
 """
 
 from __future__ import annotations
@@ -75,15 +76,15 @@ class ReusedMemory:
                     del self._dropped[oldest]
 
 
-_pictures = ReusedMemory(KEPT_BYTES)
-os.register_at_fork(after_in_child=_pictures.forget)
+_pixels = ReusedMemory(KEPT_BYTES)
+os.register_at_fork(after_in_child=_pixels.forget)
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A CPU tensor that is not filled in; a large one lies in kept memory, if there is some of its size."""
     if math.prod(shape) * dtype.itemsize < _LEAST_BYTES:
         return torch.empty(shape, dtype=dtype)
-    return _pictures.take(shape, dtype)
+    return _pixels.take(shape, dtype)
 
 
 __all__ = ["KEPT_BYTES", "ReusedMemory", "empty"]
