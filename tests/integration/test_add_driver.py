@@ -112,6 +112,6 @@ def test_a_training_continues_with_the_same_model_wherever_it_lies_and_with_no_o
 
 def test_a_posterior_that_shrinks_ends_the_training_at_once(shards, tiny_training, tmp_path: Path):
     tracking = TrackingConfig(uri=shards.tracking.uri, experiment="collapse")
-    recipe = tiny_training(tracking, loss=LossConfig(min_posterior_std=100.0), max_failures=3)
+    recipe = tiny_training(tracking, workers=1, loss=LossConfig(min_posterior_std=100.0), max_failures=3)
     with pytest.raises(PosteriorCollapseError, match="expected at least 100"):
         train(shards.uri, str(tmp_path / "out"), recipe)

@@ -92,7 +92,7 @@ def test_every_job_runs_under_submission(
     submitter: Submitter, shards, tracking: TrackingConfig, tiny_training, tmp_path: Path
 ):
     recipe = tmp_path / "recipe.yaml"
-    dump_recipe(tiny_training(TrackingConfig(), steps=4, checkpoint_every_steps=4), recipe)
+    dump_recipe(tiny_training(TrackingConfig(), steps=4, checkpoint_every_steps=4, workers=1), recipe)
     capture, shard_set, out = (str(tmp_path / name) for name in ("capture", "shards", "avatar"))
 
     # The first three are independent of each other.

@@ -90,7 +90,7 @@ def on_s3(shards, s3_server, ray_session, tiny_training, tmp_path_factory: pytes
         sharded = shard(capture, storage.join(root, "shards"), ShardRecipe(shard=shards.config, tracking=tracking))
         killer = KillOneWorker(ray_session.pid, objects / "avatar")
         killer.start()
-        recipe = tiny_training(tracking, steps=STEPS, checkpoint_every_steps=2, max_failures=1)
+        recipe = tiny_training(tracking, steps=STEPS, checkpoint_every_steps=2, max_failures=1, workers=1)
         trained = train(sharded.shards, storage.join(root, "avatar"), recipe)
         killer.join()
         evaluation = evaluate(
