@@ -32,18 +32,20 @@ class Follower:
         Raises:
             ClusterError: the cluster was out of reach for too long.
         """
-        warned = False
+        interrupts, terminal = 0, sys.stdin.isatty()
         while True:
             try:
+                if interrupts and terminal:
+                    interrupts = 0
+                    if self._asked_to_leave():
+                        break
+                elif interrupts:
+                    _say(f"{self._name} goes on; Ctrl-C again leaves it; {self._jobs.how_to_stop(self._name)}")
                 return self._until_ended()
             except KeyboardInterrupt:
-                if sys.stdin.isatty():
-                    leaves = self._asked_to_leave()
-                else:
-                    leaves, warned = warned, True
-                    if not leaves:
-                        _say(f"{self._name} goes on; Ctrl-C again leaves it; {self._jobs.how_to_stop(self._name)}")
-                if leaves:
+                # No more than this: another one may come while something is said.
+                interrupts += 1
+                if interrupts > 1:
                     break
         _say(
             f"{self._name} goes on. Follow it: {self._jobs.how_to_follow(self._name)}; "
