@@ -100,7 +100,11 @@ def test_a_copy_of_a_local_object_is_compared_as_well(tmp_path: Path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "object"]
 
 
-@pytest.mark.parametrize(("check", "found"), [("once", _BODY[:-1] + b"\0"), ("once", b"short"), ("size", b"short")])
+@pytest.mark.parametrize(
+    ("check", "found"),
+    [("once", _BODY[:-1] + b"\0"), ("once", b"short"), ("size", b"short")],
+    ids=["another byte", "short", "short, size alone"],
+)
 def test_a_copy_that_another_process_left_is_checked_and_removed_if_it_is_damaged(
     served: Callable[[CopyRange], None], tmp_path: Path, check: ShardCheck, found: bytes
 ):
